@@ -1,0 +1,175 @@
+"""The report of an export: what was written, how, and how good it is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .files import write_whole
+from .to_tflite import TFLiteExport
+from .verify import MIN_AGREEMENT, Scores
+
+SCHEMA = 1
+
+_PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ImagesUsed:
+    """A set of images that an export used.
+
+    Args:
+        source: Path of the set, or a description of it.
+        images: Number of images.
+        labelled: Whether their classes are known.
+        skipped: `(path, reason)` of the files that could not be read.
+    """
+
+    source: str
+    images: int
+    labelled: bool
+    skipped: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The outcome of one export; `write_report` writes it as JSON.
+
+    The JSON object has these keys:
+
+    - `schema`: 1, the version of this list;
+    - `command`: the command line, as a list of words;
+    - `versions`: of Python and of the packages that took part;
+    - `model`: `name`, `weights` (as given), `input_shape` (height, width, channels), `classes`,
+      `parameters`;
+    - `file`: `path`, `bytes`, `quantization`, `io_dtype`, `inputs` and `outputs` (each with
+      `name`, `dtype`, `shape`, `scale`, `zero_point`), `ops` (how often each operator occurs) and
+      `inner_float_tensors` (how many float tensors, constants included, stand between input and
+      output; 0 in an integer-only file);
+    - `calibration`: null, or the images used: `source`, `images`, `labelled`, `skipped` (a list of
+      `path` and `reason`);
+    - `verification`: the same of the images on which the models were compared;
+    - `accuracy`: one entry per model, the Keras model first: the fields of `Scores`, shares in
+      0..1, null where unknown;
+    - `seconds`: by stage;
+    - `warnings`: texts; empty if all is well.
+
+    Args:
+        command: The command line.
+        model: As above.
+        export: What `to_tflite` wrote.
+        calibration: Images used, or None.
+        verification: Images used.
+        scores: Of the Keras model and of the file.
+        seconds: By stage.
+        warnings: Texts.
+    """
+
+    command: tuple[str, ...]
+    model: dict[str, Any]
+    export: TFLiteExport
+    calibration: ImagesUsed | None
+    verification: ImagesUsed
+    scores: tuple[Scores, ...]
+    seconds: dict[str, float]
+    warnings: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """The object described above, made of plain Python types."""
+        file = self.export.file
+        return {
+            "schema": SCHEMA,
+            "command": list(self.command),
+            "versions": package_versions(),
+            "model": self.model,
+            "file": {
+                "path": str(self.export.path),
+                "bytes": file.size,
+                "quantization": self.export.quantization,
+                "io_dtype": self.export.io_dtype,
+                "inputs": [_tensor(tensor) for tensor in file.inputs],
+                "outputs": [_tensor(tensor) for tensor in file.outputs],
+                "ops": file.ops,
+                "inner_float_tensors": len(file.inner_floats),
+            },
+            "calibration": None if self.calibration is None else _images(self.calibration),
+            "verification": _images(self.verification),
+            "accuracy": [dataclasses.asdict(scores) for scores in self.scores],
+            "seconds": {stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
+            "warnings": list(self.warnings),
+        }
+
+
+def agreement_warning(quantization: str, scores: Scores) -> str | None:
+    """A warning if a file agrees with its model on fewer images than `MIN_AGREEMENT` demands.
+
+    Args:
+        quantization: Of the file.
+        scores: Of the file, compared with the Keras model.
+
+    Returns:
+        The text, or None if the agreement is high enough.
+    """
+    wanted = MIN_AGREEMENT[quantization]
+    if scores.agreement >= wanted:
+        return None
+    return (
+        f"The {quantization} file chooses the class of the Keras model on only "
+        f"{scores.agreement:.1%} of {scores.images} images (at least {wanted:.0%} are expected). "
+        "Do not deploy it without a remedy: other calibration images, correction or "
+        "quantization-aware training."
+    )
+
+
+def package_versions() -> dict[str, str]:
+    """Version of Python and of the installed packages that take part in an export."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def write_report(path: str | os.PathLike, report: ExportReport, *, overwrite: bool = False) -> Path:
+    """Writes a report as JSON, whole or not at all.
+
+    Args:
+        path: File to write, usually `*.json`.
+        report: The outcome of an export.
+        overwrite: Whether an existing file may be replaced.
+
+    Returns:
+        The path.
+
+    Raises:
+        OSError: As `to_tflite`.
+    """
+    text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    return write_whole(path, text.encode(), overwrite=overwrite)
+
+
+def _tensor(tensor: Any) -> dict[str, Any]:
+    return {
+        "name": tensor.name,
+        "dtype": tensor.dtype,
+        "shape": list(tensor.shape),
+        "scale": list(tensor.scale),
+        "zero_point": list(tensor.zero_point),
+    }
+
+
+def _images(used: ImagesUsed) -> dict[str, Any]:
+    return {
+        "source": used.source,
+        "images": used.images,
+        "labelled": used.labelled,
+        "skipped": [{"path": path, "reason": reason} for path, reason in used.skipped],
+    }

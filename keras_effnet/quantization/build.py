@@ -1,0 +1,177 @@
+"""A graph as a Keras model: in float for calibration, or with its fake-quant layers."""
+
+import keras
+
+from .fake_quant import (
+    ChannelScale,
+    Dequantize,
+    FakeQuant,
+    PixelShift,
+    QuantizedConv2D,
+    QuantizedDense,
+    QuantizedDepthwiseConv2D,
+)
+from .graph import Graph, Node
+from .scheme import FIXED, OUTPUT_RULES
+
+RANGE_SUFFIX = "_range"
+
+
+def build_model(graph: Graph, quantized: bool, observed: tuple[str, ...] | None = None):
+    """Builds a Keras model that computes a folded graph.
+
+    Args:
+        graph: The graph.
+        quantized: Whether kernels and tensors are fake-quantized: all tensors whose `params` are
+            set, and the kernels of the nodes that are not `is_float`. Otherwise the model computes
+            in float.
+        observed: Names of the nodes whose tensors are the outputs of the model; by default the
+            outputs of the graph.
+
+    Returns:
+        A Functional `keras.Model` whose layers have the names of the nodes, with new weights.
+    """
+    tensors = {}
+    for node in graph:
+        if node.op == "input":
+            image = tensors[node.name] = keras.Input(node.shape, name=node.name)
+        else:
+            inputs = [tensors[name] for name in node.inputs]
+            if quantized and node.is_float:
+                inputs = [
+                    Dequantize(name=f"{node.name}_dequantize_{number}")(tensor)
+                    if _is_quantized(graph, name)
+                    else tensor
+                    for number, (name, tensor) in enumerate(zip(node.inputs, inputs, strict=True))
+                ]
+            tensors[node.name] = _apply(node, inputs, quantized and not node.is_float)
+        if quantized and node.params is not None:
+            layer = FakeQuant(
+                node.params.min,
+                node.params.max,
+                fixed=OUTPUT_RULES[node.op] == FIXED or node.op == "input",
+                name=node.name + RANGE_SUFFIX,
+            )
+            tensors[node.name] = layer(tensors[node.name])
+    names = graph.outputs if observed is None else observed
+    outputs = [tensors[name] for name in names]
+    single = observed is None and len(outputs) == 1
+    return keras.Model(image, outputs[0] if single else outputs, name=graph.name)
+
+
+def _is_quantized(graph: Graph, name: str) -> bool:
+    node = graph[name]
+    if OUTPUT_RULES[node.op] == "same" and not node.is_float:
+        return _is_quantized(graph, node.inputs[0])
+    return node.params is not None
+
+
+def _apply(node: Node, inputs: list, quantized: bool):
+    if node.op in ("conv", "depthwise", "dense"):
+        return _apply_kernel(node, inputs[0], quantized)
+    layer = _LAYERS[node.op](node)
+    return layer(inputs if len(inputs) > 1 else inputs[0])
+
+
+def _apply_kernel(node: Node, tensor, quantized: bool):
+    kernel = node.weights["kernel"]
+    if node.op == "dense":
+        if quantized:
+            layer = QuantizedDense(
+                kernel.shape[1],
+                per_channel=node.attrs["per_channel"],
+                activation=node.attrs["activation"],
+                name=node.name,
+            )
+        else:
+            layer = keras.layers.Dense(
+                kernel.shape[1], activation=node.attrs["activation"], name=node.name
+            )
+    else:
+        arguments = {
+            "kernel_size": kernel.shape[:2],
+            "strides": node.attrs["strides"],
+            "padding": node.attrs["padding"],
+            "dilation_rate": node.attrs["dilation"],
+            "data_format": "channels_last",
+            "activation": node.attrs["activation"],
+            "name": node.name,
+        }
+        if node.op == "depthwise":
+            kind = QuantizedDepthwiseConv2D if quantized else keras.layers.DepthwiseConv2D
+        else:
+            kind = QuantizedConv2D if quantized else keras.layers.Conv2D
+            arguments.update(filters=kernel.shape[3], groups=node.attrs["groups"])
+        layer = kind(**arguments)
+    output = layer(tensor)
+    layer.kernel.assign(kernel)
+    layer.bias.assign(node.weights["bias"])
+    if quantized:
+        layer.kernel_limits.assign(node.weights["limits"])
+    return output
+
+
+def _dropout(node):
+    return keras.layers.Dropout(
+        node.attrs["rate"],
+        noise_shape=node.attrs["noise_shape"],
+        seed=node.attrs["seed"],
+        name=node.name,
+    )
+
+
+def _pool(kind):
+    def layer(node):
+        return kind(
+            node.attrs["pool_size"],
+            strides=node.attrs["strides"],
+            padding=node.attrs["padding"],
+            data_format="channels_last",
+            name=node.name,
+        )
+
+    return layer
+
+
+def _global_pool(kind):
+    def layer(node):
+        return kind(data_format="channels_last", keepdims=node.attrs["keepdims"], name=node.name)
+
+    return layer
+
+
+def _activation(function):
+    def layer(node):
+        return keras.layers.Activation(function, name=node.name)
+
+    return layer
+
+
+def _opaque(node):
+    source = node.attrs["layer"]
+    layer = type(source).from_config(source.get_config())
+    layer.build(source.input.shape)
+    layer.set_weights(source.get_weights())
+    return layer
+
+
+_LAYERS = {
+    "shift": lambda node: PixelShift(int(node.weights["offset"]), name=node.name),
+    "scale": lambda node: ChannelScale(node.weights["factors"], name=node.name),
+    "add": lambda node: keras.layers.Add(name=node.name),
+    "mul": lambda node: keras.layers.Multiply(name=node.name),
+    "concat": lambda node: keras.layers.Concatenate(name=node.name),
+    "relu": _activation("relu"),
+    "relu6": _activation("relu6"),
+    "hard_swish": _activation("hard_swish"),
+    "sigmoid": _activation("sigmoid"),
+    "softmax": _activation("softmax"),
+    "global_avg": _global_pool(keras.layers.GlobalAveragePooling2D),
+    "global_max": _global_pool(keras.layers.GlobalMaxPooling2D),
+    "avg_pool": _pool(keras.layers.AveragePooling2D),
+    "max_pool": _pool(keras.layers.MaxPooling2D),
+    "pad": lambda node: keras.layers.ZeroPadding2D(node.attrs["padding"], name=node.name),
+    "reshape": lambda node: keras.layers.Reshape(node.shape, name=node.name),
+    "dropout": _dropout,
+    "layer": _opaque,
+}

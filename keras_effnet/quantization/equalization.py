@@ -1,0 +1,214 @@
+"""Channel equalization: channels of very different ranges brought closer, exactly.
+
+One scale serves all channels of an activation tensor, so a channel that reaches 80 leaves few
+levels to the others that stay near 1. Dividing each channel by a factor s evens them out, and the
+layers that read the tensor take s into their kernels.
+
+A swish stands in between, which is not homogeneous: with x' = x / s from the convolution,
+swish(x) / s = x' * sigmoid(x' * s). So the product x' * s is computed by one more integer
+multiplication by a constant vector, on the side of the sigmoid alone, where values beyond about
++-8 may be clipped for nothing. This is exact, and costs that multiplication.
+
+Source of the idea for ReLU networks: Nagel et al., 2019, Data-Free Quantization Through Weight
+Equalization and Bias Correction, section 4.1 (https://arxiv.org/abs/1906.04721).
+"""
+
+import numpy as np
+
+from .calibration import TensorStatistics
+from .graph import Graph, Node
+from .importance import energy
+from .scheme import OUTPUT_RULES, OWN
+
+# A factor takes one of this many steps, since an integer kernel holds it in 8 bits.
+FACTOR_STEPS = 255
+SMALLEST_STEPS = 2
+# Rows of the sample that the search of the factors looks at.
+SEARCH_ROWS = 1024
+# Factors tried for a channel, relative to its reach.
+RELATIVE_FACTORS = np.geomspace(0.15, 4, 10)
+# Shared ranges tried, in units of the factors: lower bound of the convolution's output (its upper
+# bound is 1), lower and upper bound of the swish's output.
+INPUT_LOWS = (0.15, 0.3, 0.6, 1.0)
+OUTPUT_LOWS = (0.05, 0.1, 0.17, 0.27)
+OUTPUT_HIGHS = (0.7, 1.0)
+# A swish is flat below about this, so smaller values matter no more than their half.
+FLAT_BELOW = -3.0
+
+
+def swish_candidates(graph: Graph) -> list[str]:
+    """Returns the names of the swishes (their MUL nodes) through which a graph can be equalized.
+
+    Those are the swishes behind a convolution whose readers can all absorb the factors. The
+    vectors inside squeeze-and-excite are left alone: they lose too little to be worth it.
+    """
+    found = []
+    for node in graph:
+        if node.op == "mul" and _swish_source(graph, node) and _absorb(graph, node.name, None):
+            found.append(node.name)
+    return found
+
+
+def _swish_source(graph: Graph, node: Node) -> Node | None:
+    """Returns the layer with a kernel before the swish `node`, or None if it is no such swish."""
+    gates = [graph[name] for name in node.inputs if graph[name].op == "sigmoid"]
+    for gate in gates:
+        source = graph[gate.inputs[0]]
+        readers = graph.consumers(source.name)
+        if (
+            source.op in ("conv", "depthwise")
+            and set(node.inputs) == {source.name, gate.name}
+            and len(readers) == 2
+            and graph.only_consumer(gate.name) is node
+            and source.name not in graph.outputs
+            and source.attrs["activation"] == "linear"
+            and source.shape[:-1] != (1, 1)
+            and not (source.is_float or node.is_float or gate.is_float)
+        ):
+            return source
+    return None
+
+
+def equalize_swish(graph: Graph, statistics: dict[str, TensorStatistics], names: list[str]) -> None:
+    """Equalizes the tensors around some swishes, in the graph and in its statistics.
+
+    Args:
+        graph: The folded graph, changed in place.
+        statistics: Statistics of the float graph, changed in place to those of the new tensors.
+        names: Swishes, out of `swish_candidates`.
+
+    Raises:
+        ValueError: If a name is not a candidate.
+    """
+    for name in names:
+        if name not in graph.nodes or not _swish_source(graph, graph[name]):
+            raise ValueError(
+                "Only a swish directly behind a convolution can be equalized. "
+                f"Allowed: {swish_candidates(graph)}. Received: {name!r}"
+            )
+        node = graph[name]
+        source = _swish_source(graph, node)
+        factors = search_factors(statistics[source.name], energy(graph, name))
+        kernel = source.weights["kernel"]
+        shape = (-1, 1) if source.op == "depthwise" else (-1,)
+        source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
+        source.weights["bias"] = (source.weights["bias"] / factors).astype(np.float32)
+        gate = next(graph[other] for other in node.inputs if graph[other].op == "sigmoid")
+        scale = Node(
+            graph.unique(f"{name}_scale"),
+            "scale",
+            [source.name],
+            source.shape,
+            node.layer,
+            weights={"factors": factors},
+        )
+        graph.add(scale, after=source.name)
+        gate.inputs = [scale.name]
+        statistics[scale.name] = statistics[source.name]
+        statistics[source.name] = statistics[source.name].divided_by(factors)
+        for changed in _absorb(graph, name, factors):
+            statistics[changed] = statistics[changed].divided_by(factors)
+
+
+def search_factors(statistics: TensorStatistics, importance: np.ndarray) -> np.ndarray:
+    """Returns the factors that make the rounding errors behind a swish smallest.
+
+    For given ranges of the two integer tensors x / s and swish(x) / s the channels do not depend
+    on each other, so each takes the best of its candidates; the ranges are found by coordinate
+    descent.
+
+    Args:
+        statistics: Statistics of the convolution's output.
+        importance: Weight of the squared error of each channel, shape (channels,).
+
+    Returns:
+        float32 factors, shape (channels,), multiples of their maximum / FACTOR_STEPS.
+    """
+    stride = max(1, len(statistics.sample) // SEARCH_ROWS)
+    values = statistics.sample[::stride]
+    rows = statistics.weights[::stride] / statistics.weights[::stride].sum()
+    exact = _swish(values)
+    reach = np.maximum(
+        np.maximum(statistics.high, np.minimum(-FLAT_BELOW, -statistics.low) / 2), 1e-6
+    )
+    weights = importance / max(importance.mean(), 1e-30)
+
+    def evaluate(ranges):
+        low_in, low_out, high_out = ranges
+        errors = np.empty((len(RELATIVE_FACTORS), values.shape[1]))
+        for index, relative in enumerate(RELATIVE_FACTORS):
+            factors = (reach * relative).astype(np.float32)
+            inputs = _round(values / factors, low_in, 1.0) * factors
+            outputs = _round(_swish(inputs) / factors, low_out, high_out) * factors
+            errors[index] = rows @ (outputs - exact) ** 2
+        best = errors.argmin(axis=0)
+        return float(np.dot(errors.min(axis=0), weights)), best
+
+    best_ranges = (0.3, 0.1, 1.0)
+    least, best = evaluate(best_ranges)
+    for position, options in enumerate((INPUT_LOWS, OUTPUT_LOWS, OUTPUT_HIGHS)):
+        for option in options:
+            ranges = (*best_ranges[:position], option, *best_ranges[position + 1 :])
+            if option == best_ranges[position]:
+                continue
+            error, chosen = evaluate(ranges)
+            if error < least:
+                least, best, best_ranges = error, chosen, ranges
+    factors = reach * RELATIVE_FACTORS[best]
+    step = factors.max() / FACTOR_STEPS
+    return (np.maximum(np.round(factors / step), SMALLEST_STEPS) * step).astype(np.float32)
+
+
+def _swish(values):
+    return values / (1 + np.exp(-np.clip(values, -80, 80)))
+
+
+def _round(values, low, high):
+    scale = np.float32((high + low) / 255)
+    zero = np.round(low / scale)
+    return np.clip(np.round(values / scale), -zero, 255 - zero) * scale
+
+
+# Operations that commute with positive factors of the channels.
+_PASSING = ("global_avg", "global_max", "avg_pool", "max_pool", "dropout", "pad")
+
+
+def _absorb(graph: Graph, name: str, factors: np.ndarray | None) -> list[str] | None:
+    """Lets all readers of a tensor that was divided by `factors` multiply by them again.
+
+    Args:
+        graph: The graph.
+        name: The tensor.
+        factors: The factors; None only asks whether it is possible.
+
+    Returns:
+        The names of the tensors with statistics that are divided too, `name` first; or None if
+        a reader cannot absorb factors.
+    """
+    divided = [name]
+    if name in graph.outputs:
+        return None
+    for reader in graph.consumers(name):
+        if reader.is_float:
+            return None
+        if reader.op in ("conv", "depthwise", "dense"):
+            if reader.op == "conv" and reader.attrs["groups"] != 1:
+                return None
+            if factors is not None:
+                kernel = reader.weights["kernel"] * factors[:, None]
+                reader.weights["kernel"] = kernel.astype(np.float32)
+        elif reader.op in _PASSING or (reader.op == "mul" and _is_gated(graph, reader, name)):
+            further = _absorb(graph, reader.name, factors)
+            if further is None:
+                return None
+            # Operations that only pass values on have no statistics of their own.
+            divided.extend(further if OUTPUT_RULES[reader.op] == OWN else further[1:])
+        else:
+            return None
+    return divided
+
+
+def _is_gated(graph: Graph, node: Node, name: str) -> bool:
+    """Whether `node` multiplies the tensor `name` by a vector for the image, such as SE gates."""
+    others = [other for other in node.inputs if other != name]
+    return len(others) == 1 and graph[others[0]].shape[:-1] == (1, 1)

@@ -1,0 +1,161 @@
+"""`quantize_model`: a float Keras model in, a quantized Keras model out."""
+
+import dataclasses
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+
+from . import equalization
+from .build import build_model
+from .calibration import TensorStatistics, calibration_batches, collect
+from .folding import fold
+from .graph import Graph, read_model
+from .importance import consumer_of
+from .lowering import is_quantized
+from .params import PIXELS, QuantParams, widen
+from .ranges import METHODS, find_range
+from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizationConfig:
+    """How a model is quantized.
+
+    Args:
+        method: How ranges are found from the calibration data: "min_max", "moving_average",
+            "percentile", "mse", "entropy", or "consumer", which measures the squared error after
+            the swish, sigmoid or kernel that reads the tensor.
+        equalize: Swishes to equalize: "all", "none", or a tuple of layer names. Equalizing is
+            exact; each swish costs one more multiplication.
+        per_channel_head: Whether dense layers have one scale for each unit. Needs FULLY_CONNECTED
+            of version 12 (TensorFlow 2.14); the Edge TPU wants False.
+        keep_float: Names of layers to keep in float.
+        batch_size: Images in a calibration batch, when the data are one array.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    method: str = "consumer"
+    equalize: str | tuple[str, ...] = "all"
+    per_channel_head: bool = True
+    keep_float: tuple[str, ...] = ()
+    batch_size: int = 8
+
+    def __post_init__(self):
+        if self.method not in METHODS:
+            raise ValueError(f"`method` must be one of {METHODS}. Received: {self.method!r}")
+        if isinstance(self.equalize, str):
+            if self.equalize not in ("all", "none"):
+                raise ValueError(
+                    "`equalize` must be 'all', 'none' or a tuple of layer names. "
+                    f"Received: {self.equalize!r}"
+                )
+        else:
+            object.__setattr__(self, "equalize", tuple(self.equalize))
+        if isinstance(self.keep_float, str):
+            raise ValueError(
+                f"`keep_float` must be a tuple of layer names. Received: {self.keep_float!r}"
+            )
+        object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        if self.batch_size < 1:
+            raise ValueError(f"`batch_size` must be at least 1. Received: {self.batch_size}")
+
+
+def quantize_model(
+    model: keras.Model,
+    calibration_data: Iterable | np.ndarray,
+    config: QuantizationConfig | None = None,
+    verbose: bool = True,
+) -> keras.Model:
+    """Quantizes a model to 8-bit integers, without labels and without training.
+
+    Args:
+        model: Functional or Sequential model of image layers, with one input of static shape; it
+            is not changed.
+        calibration_data: Typical images as the model takes them, without labels: an array
+            (images, height, width, channels), or an iterable of batches (of tuples whose first
+            element is the batch). 100 to 200 varied photographs are usual.
+        config: How to quantize; by default `QuantizationConfig()`.
+        verbose: Whether to show the progress of calibration.
+
+    Returns:
+        A new Functional model that predicts what the integer file will predict. Its layers carry
+        8-bit kernels and its tensors pass through `FakeQuant` layers. It can be saved, trained
+        and exported.
+
+    Raises:
+        TypeError: If the model is not Functional, a layer's type is not supported, or the data
+            are neither an array nor an iterable.
+        ValueError: If the model is quantized already, shares layers or has several inputs, or if
+            the calibration data are empty, constant, not finite, or of the wrong shape or scale.
+    """
+    config = QuantizationConfig() if config is None else config
+    if is_quantized(model):
+        raise ValueError(
+            f"The model {model.name!r} is quantized already; quantize the float model it was made "
+            "of."
+        )
+    graph = read_model(model, config.keep_float)
+    pixels = expects_pixels(graph)
+    batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
+    fold(graph)
+    statistics = collect(graph, batches, total, verbose)
+    _equalize(graph, statistics, config)
+    _set_ranges(graph, statistics, config, pixels)
+    _set_kernel_limits(graph, config)
+    return build_model(graph, quantized=True)
+
+
+def _equalize(graph, statistics, config):
+    names = config.equalize
+    if names == "none":
+        return
+    candidates = equalization.swish_candidates(graph)
+    equalization.equalize_swish(graph, statistics, candidates if names == "all" else list(names))
+
+
+def _set_ranges(
+    graph: Graph, statistics: dict[str, TensorStatistics], config: QuantizationConfig, pixels: bool
+) -> None:
+    for group in shared_ranges(graph):
+        nodes = [graph[name] for name in group if needs_range(graph, graph[name])]
+        if not nodes:
+            continue
+        if OUTPUT_RULES[nodes[0].op] == FIXED:
+            params = fixed_params(graph, nodes[0])
+        elif nodes[0].op == "input":
+            params = _input_params(statistics[nodes[0].name], pixels)
+        else:
+            params = find_range(
+                [statistics[node.name] for node in nodes],
+                config.method,
+                [consumer_of(graph, node.name) for node in nodes],
+            )
+        for node in nodes:
+            node.params = params
+
+
+def _input_params(statistics: TensorStatistics, pixels: bool) -> QuantParams:
+    low, high = float(statistics.low.min()), float(statistics.high.max())
+    # Values in 0..255 that reach beyond the darkest photographs are pixels.
+    if pixels or (low >= 0 and 16 < high <= 255):
+        return PIXELS
+    return QuantParams.from_range(*widen(low, high))
+
+
+def _set_kernel_limits(graph: Graph, config: QuantizationConfig) -> None:
+    for node in graph.kernel_nodes():
+        kernel = np.abs(node.weights["kernel"])
+        if node.op == "dense":
+            node.attrs["per_channel"] = config.per_channel_head
+            limits = kernel.max(axis=0)
+            limits = limits if config.per_channel_head else limits.max(keepdims=True)
+        elif node.op == "depthwise":
+            limits = kernel.max(axis=(0, 1, 3))
+        else:
+            limits = kernel.max(axis=(0, 1, 2))
+        # A dead channel may take any limit; that of the others keeps its bias representable.
+        usual = limits[limits > 0].mean() if np.any(limits > 0) else 1.0
+        node.weights["limits"] = np.where(limits > 0, limits, usual).astype(np.float32)

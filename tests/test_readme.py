@@ -1,0 +1,131 @@
+"""The README: its snippets run, its table is that of the specs, its commands exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import keras
+import pytest
+
+from keras_effnet import EfficientNetTiny
+from keras_effnet.cli import family, main
+from keras_effnet.specs import SPECS
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+# A word of each Python snippet, by which the tests below find it.
+SNIPPETS = ("panda.jpg", "replace_head", "features_only", "to_tflite", "largest_model")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def snippet(word: str) -> str:
+    (found,) = (block for block in blocks("python") if word in block)
+    return found
+
+
+def execute(code: str, **names) -> dict:
+    """Runs a snippet and returns its names."""
+    exec(compile(code, "README.md", "exec"), names)
+    return names
+
+
+def test_every_snippet_is_tested():
+    found = blocks("python")
+    assert len(found) == len(SNIPPETS)
+    assert all(snippet(word) for word in SNIPPETS)
+
+
+def test_the_table_is_that_of_the_specs():
+    printed = family.markdown([family.row(spec) for spec in SPECS.values()])
+    table = README.partition("<!-- variants:")[2].partition("-->")[2]
+    table = table.partition("<!-- end of variants -->")[0]
+    assert table.strip() == printed, "paste the output of `keras-effnet family --markdown`"
+
+
+def test_features_and_variations():
+    names = execute(snippet("features_only"))
+    assert [tuple(shape) for shape in names["pyramid"].output_shape] == [
+        (None, 32, 32, 40),
+        (None, 16, 16, 112),
+        (None, 8, 8, 320),
+    ]
+    assert not any("se_" in layer.name for layer in names["mobile"].layers)
+    assert names["depth_camera"].input_shape == (None, 224, 224, 4)
+
+
+def test_scaling(capsys):
+    found = execute(snippet("largest_model"))["found"]
+    assert found.plan.multiply_adds <= 100e6 and found.plan.int8_bytes <= 3e6
+    # The model in the snippet has 10 classes, the plan the 1000 of the default.
+    assert str(found.plan.multiply_adds) in capsys.readouterr().out
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
+def test_export(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = EfficientNetTiny(weights=None, classes=10)
+    execute(snippet("to_tflite"), model=model)
+    assert (tmp_path / "model.tflite").stat().st_size > 2 * model.count_params()
+
+
+def test_commands_are_one_line_each_and_name_what_exists(capsys):
+    commands = [line for block in blocks("sh") for line in block.splitlines()]
+    fresh = [line for line in commands if line.startswith("python3 -m venv .venv && ")]
+    assert [line.rsplit(maxsplit=1)[1] for line in fresh] == ["quickstart", "pytest"]
+    setup = (ROOT / "setup.py").read_text(encoding="utf-8")
+    for line in fresh:
+        (extra,) = re.findall(r"-e '\.\[(\w+)\]'", line)
+        assert re.search(rf'(EXTRAS\[)?"{extra}"\]?( =|:) \[', setup), extra
+    for line in set(commands) - set(fresh):
+        command, name, *arguments = shlex.split(line)
+        assert command == "keras-effnet"
+        with pytest.raises(SystemExit) as stop:
+            main([name, "--help"])
+        assert stop.value.code == 0
+        text = capsys.readouterr().out
+        assert all(argument in text for argument in arguments if argument.startswith("--"))
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).is_file(), target
+
+
+@pytest.mark.slow
+def test_first_model(shared, tmp_path, monkeypatch, capsys):
+    weights = shared("weights/efficientnetv2-b0.h5")
+    (tmp_path / "panda.jpg").symlink_to(shared("data/panda.jpg"))
+    monkeypatch.chdir(tmp_path)
+    code = snippet("panda.jpg").replace('"imagenet"', repr(str(weights)))
+    names = execute(code)
+    assert names["probabilities"].argmax() == 388
+    assert capsys.readouterr().out.splitlines()[-1].startswith("388 ")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
+def test_transfer_learning(shared, tmp_path, monkeypatch):
+    weights = shared("weights/efficientnetv2-b0.h5")
+    # Few photographs of each class, so that the test takes minutes and not hours.
+    for folder in sorted(shared("data/flowers/train").iterdir()):
+        (tmp_path / "flowers" / folder.name).mkdir(parents=True)
+        for photo in sorted(folder.iterdir())[:24]:
+            (tmp_path / "flowers" / folder.name / photo.name).symlink_to(photo)
+    monkeypatch.chdir(tmp_path)
+    code = snippet("replace_head").replace('"imagenet"', repr(str(weights)))
+    names = execute(code)
+
+    model = names["model"]
+    assert model.output_shape == (None, 5)
+    norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
+    assert not any(norm.trainable for norm in norms)
+    assert not model.get_layer("block4a_expand_conv").trainable
+    assert model.get_layer("block5a_expand_conv").trainable
+    # So few photographs promise no accuracy, but it is measured, and training did not diverge.
+    history = model.history.history
+    assert len(history["val_accuracy"]) == 3
+    assert all(loss < 10 for loss in history["loss"])
