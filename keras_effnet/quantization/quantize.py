@@ -16,6 +16,7 @@ from .lowering import is_quantized
 from .params import PIXELS, QuantParams, widen
 from .ranges import METHODS, find_range
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
+from .ties import remove_ties
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +106,7 @@ def quantize_model(
     _equalize(graph, statistics, config)
     _set_ranges(graph, statistics, config, pixels)
     _set_kernel_limits(graph, config)
+    remove_ties(graph, shared_ranges(graph))
     return build_model(graph, quantized=True)
 
 
