@@ -17,7 +17,7 @@ import numpy as np
 
 from keras_effnet.quantization import lowering
 from keras_effnet.quantization.graph import Graph, Node
-from keras_effnet.quantization.params import INT8_MIN, QuantParams
+from keras_effnet.quantization.params import INT8_MAX, INT8_MIN, QuantParams
 
 from ._optional import import_tflite_schema
 
@@ -400,16 +400,20 @@ def _scale(writer, node, inputs, target):
 
 
 def _shift(writer, node, inputs, target):
-    # An integer of up to 9 bits as an int8 of scale 1, by its zero point.
-    offset = int(node.weights["offset"])
-    zero_point = int(np.clip(-offset, -128, 127)) if abs(offset) > 127 else 0
+    # Integers of up to 9 bits as int8 of scale 1, by their zero point. One serves all if they
+    # agree; else they are repeated for a row of pixels: XNNPACK is slow at broadcasting so few.
+    offsets = node.weights["offset"].astype(int)
+    same = len(np.unique(offsets)) == 1
+    offsets = offsets[:1] if same else np.broadcast_to(offsets, node.shape[1:])
+    middle = (int(offsets.min()) + int(offsets.max())) // 2
+    zero_point = int(np.clip(-middle, INT8_MIN, INT8_MAX))
     constant = writer._tensor(
         f"{node.name}/offset",
-        (1,) * (len(node.shape) + 1),
+        (1,) * (len(node.shape) + 1 - offsets.ndim) + offsets.shape,
         np.int8,
         [1.0],
         zero_point,
-        data=np.full((1,) * (len(node.shape) + 1), offset + zero_point),
+        data=offsets + zero_point,
     )
     writer._operator("ADD", 2, [*inputs, constant], [target], "AddOptions")
 

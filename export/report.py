@@ -12,12 +12,25 @@ from pathlib import Path
 from typing import Any
 
 from .files import write_whole
+from .to_onnx import ONNXExport
 from .to_tflite import TFLiteExport
 from .verify import MIN_AGREEMENT, Scores
 
 SCHEMA = 1
 
-_PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy", "pillow")
+Export = TFLiteExport | ONNXExport
+
+_PACKAGES = (
+    "keras-effnet",
+    "keras",
+    "tensorflow",
+    "ai-edge-litert",
+    "tf2onnx",
+    "onnx",
+    "onnxruntime",
+    "numpy",
+    "pillow",
+)
 
 
 @dataclass(frozen=True)
@@ -48,10 +61,16 @@ class ExportReport:
     - `versions`: of Python and of the packages that took part;
     - `model`: `name`, `weights` (as given), `input_shape` (height, width, channels), `classes`,
       `parameters`;
+    - `quantizer`: null if nothing was calibrated, else how a float model was quantized: `name`
+      ("core": this package, or "converter") and, of the core, the fields of its
+      `QuantizationConfig`;
     - `file`: `path`, `bytes`, `quantization`, `io_dtype`, `inputs` and `outputs` (each with
-      `name`, `dtype`, `shape`, `scale`, `zero_point`), `ops` (how often each operator occurs) and
-      `inner_float_tensors` (how many float tensors, constants included, stand between input and
-      output; 0 in an integer-only file);
+      `name`, `dtype`, `shape`, `scale`, `zero_point`) and `ops` (how often each operator occurs).
+      Of a TFLite file also `inner_float_tensors` (how many float tensors, constants included,
+      stand between input and output; 0 in an integer-only file). Of an ONNX file also `opset`,
+      `layout`, `external_data` (path of the file of weights, or null) and what onnxruntime runs
+      on this processor after its own optimization: `optimized_ops`, `float_ops` (those that
+      compute on floats) and `conversions` (how many convert between floats and integers);
     - `calibration`: null, or the images used: `source`, `images`, `labelled`, `skipped` (a list of
       `path` and `reason`);
     - `verification`: the same of the images on which the models were compared;
@@ -63,22 +82,24 @@ class ExportReport:
     Args:
         command: The command line.
         model: As above.
-        export: What `to_tflite` wrote.
+        export: What `to_tflite` or `to_onnx` wrote.
         calibration: Images used, or None.
         verification: Images used.
         scores: Of the Keras model and of the file.
         seconds: By stage.
         warnings: Texts.
+        quantizer: As above.
     """
 
     command: tuple[str, ...]
     model: dict[str, Any]
-    export: TFLiteExport
+    export: Export
     calibration: ImagesUsed | None
     verification: ImagesUsed
     scores: tuple[Scores, ...]
     seconds: dict[str, float]
     warnings: tuple[str, ...]
+    quantizer: dict[str, Any] | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The object described above, made of plain Python types."""
@@ -88,6 +109,7 @@ class ExportReport:
             "command": list(self.command),
             "versions": package_versions(),
             "model": self.model,
+            "quantizer": self.quantizer,
             "file": {
                 "path": str(self.export.path),
                 "bytes": file.size,
@@ -96,7 +118,7 @@ class ExportReport:
                 "inputs": [_tensor(tensor) for tensor in file.inputs],
                 "outputs": [_tensor(tensor) for tensor in file.outputs],
                 "ops": file.ops,
-                "inner_float_tensors": len(file.inner_floats),
+                **_particulars(self.export),
             },
             "calibration": None if self.calibration is None else _images(self.calibration),
             "verification": _images(self.verification),
@@ -154,6 +176,20 @@ def write_report(path: str | os.PathLike, report: ExportReport, *, overwrite: bo
     """
     text = json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     return write_whole(path, text.encode(), overwrite=overwrite)
+
+
+def _particulars(export: Export) -> dict[str, Any]:
+    if isinstance(export, TFLiteExport):
+        return {"inner_float_tensors": len(export.file.inner_floats)}
+    data = export.external_data
+    return {
+        "opset": export.file.opset,
+        "layout": export.layout,
+        "external_data": None if data is None else str(data),
+        "optimized_ops": export.optimized.ops,
+        "float_ops": export.optimized.float_ops,
+        "conversions": export.optimized.conversions,
+    }
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Quantization to 8-bit integers: calibrate, correct, analyze."""
 
 from .lowering import is_quantized
-from .quantize import QuantizationConfig, quantize_model
+from .quantize import CORRECTIONS, QuantizationConfig, quantize_model
 
-__all__ = ["QuantizationConfig", "is_quantized", "quantize_model"]
+__all__ = ["CORRECTIONS", "QuantizationConfig", "is_quantized", "quantize_model"]

@@ -156,7 +156,7 @@ def _opaque(node):
 
 
 _LAYERS = {
-    "shift": lambda node: PixelShift(int(node.weights["offset"]), name=node.name),
+    "shift": lambda node: PixelShift(node.weights["offset"], name=node.name),
     "scale": lambda node: ChannelScale(node.weights["factors"], name=node.name),
     "add": lambda node: keras.layers.Add(name=node.name),
     "mul": lambda node: keras.layers.Multiply(name=node.name),

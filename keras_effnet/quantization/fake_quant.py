@@ -149,27 +149,30 @@ class ChannelScale(keras.layers.Layer):
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class PixelShift(keras.layers.Layer):
-    """Adds an integer to 8-bit pixels, so that 0 stands for the value that a convolution pads.
+    """Adds integers to 8-bit pixels, so that 0 stands for the value that a convolution pads.
 
     Args:
-        offset: The integer.
+        offsets: Sequence of integers, one for each channel.
         name: Name of the layer.
+
+    Raises:
+        ValueError: If an offset is no integer.
     """
 
-    def __init__(self, offset, name=None):
+    def __init__(self, offsets, name=None):
         super().__init__(name=name)
-        if offset != int(offset):
-            raise ValueError(f"`offset` must be an integer. Received: {offset}")
-        self.offset = int(offset)
+        if any(offset != int(offset) for offset in offsets):
+            raise ValueError(f"`offsets` must be integers. Received: {list(offsets)}")
+        self.offsets = [int(offset) for offset in offsets]
 
     def call(self, inputs):
-        return ops.add(inputs, self.offset)
+        return ops.add(inputs, ops.convert_to_tensor(self.offsets, dtype=inputs.dtype))
 
     def compute_output_shape(self, input_shape):
         return input_shape
 
     def get_config(self):
-        return {"name": self.name, "offset": self.offset}
+        return {"name": self.name, "offsets": self.offsets}
 
 
 class _QuantizedKernel:

@@ -1,12 +1,15 @@
 """Exact rewrites of a float graph into the one that integers compute.
 
-`fold` applies them in order. None changes what the graph computes, apart from the border of an
-image whose normalization is folded into a padded convolution (see `fold_input_normalization`).
+`fold` applies them in order. None changes what the graph computes, apart from half a pixel step at
+the border of an image whose normalization is folded (see `fold_input_normalization`).
 """
 
 import numpy as np
 
 from .graph import Graph, Node
+
+# Where the means of the channels differ by more, the range of a shifted image grows too much.
+MAX_SHIFT_SPREAD = 64
 
 
 def fold(graph: Graph) -> Graph:
@@ -40,7 +43,7 @@ def compose_affines(graph: Graph) -> None:
         graph.bypass(producer.name)
 
 
-def _same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
+def same_padding(size: int, kernel: int, stride: int, dilation: int) -> tuple[int, int]:
     """Returns what "same" pads before and after one dimension."""
     outputs = -(-size // stride)
     total = max((outputs - 1) * stride + (kernel - 1) * dilation + 1 - size, 0)
@@ -57,7 +60,7 @@ def fold_padding(graph: Graph) -> None:
             continue
         source = graph[pad.inputs[0]]
         same = tuple(
-            _same_padding(size, kernel, stride, dilation)
+            same_padding(size, kernel, stride, dilation)
             for size, kernel, stride, dilation in zip(
                 source.shape[:2],
                 node.weights["kernel"].shape[:2],
@@ -98,10 +101,10 @@ def fold_input_normalization(graph: Graph) -> None:
 
     conv(x * scale + offset) is conv'(x) with the kernel times `scale` and a new bias, except where
     the convolution pads: it pads the normalized image with 0, which stands for the pixel value
-    -offset / scale, about the mean of the channel. An integer kernel pads with one value for all
-    channels, the zero of its input. So the image is shifted by the mean of those pixel values (a
-    shift by an integer changes no bit of the 8-bit values: only the zero point moves) and the
-    difference between the channels, about 10 of 255 for ImageNet's means, remains at the border.
+    -offset / scale, the mean of the channel. An integer kernel pads with one value for all
+    channels, the zero of its input. So the image is shifted first, each channel by its mean: the
+    zero of the shifted image is the mean of each channel, to half a pixel step. One kernel of a
+    convolution that does not pad takes it all.
     """
     for node in graph:
         if node.op != "affine":
@@ -109,46 +112,31 @@ def fold_input_normalization(graph: Graph) -> None:
         layer = graph.only_consumer(node.name)
         if layer is None or layer.op not in ("conv", "depthwise", "dense"):
             continue
+        if layer.attrs.get("groups", 1) != 1:
+            continue
         scale = node.weights["scale"].astype(np.float64)
         offset = node.weights["offset"].astype(np.float64)
         if np.any(scale == 0):
             continue
-        shift = 0.0
+        shift = np.zeros_like(scale)
         if layer.op != "dense" and layer.attrs["padding"] == "same":
-            shift = _best_shift(layer, scale, offset)
-        if shift and np.ptp(offset / scale) > 64:
-            continue  # The channels differ too much: it stays a layer of its own.
+            shift = np.round(offset / scale)
+        if np.ptp(shift) > MAX_SHIFT_SPREAD:
+            continue  # It stays a layer of its own.
         kernel = layer.weights["kernel"].astype(np.float64)
         remainder = offset - shift * scale
         if layer.op == "depthwise":
             bias = np.sum(kernel * remainder[:, None], axis=(0, 1)).reshape(-1)
-            kernel = kernel * scale[:, None]
         elif layer.op == "conv":
-            if layer.attrs["groups"] != 1:
-                continue
             bias = np.einsum("hwio,i->o", kernel, remainder)
-            kernel = kernel * scale[:, None]
         else:
             bias = remainder @ kernel
-            kernel = kernel * scale[:, None]
-        layer.weights["kernel"] = kernel.astype(np.float32)
+        layer.weights["kernel"] = (kernel * scale[:, None]).astype(np.float32)
         layer.weights["bias"] = (layer.weights["bias"] + bias).astype(np.float32)
-        if shift:
-            node.op, node.weights = "shift", {"offset": np.float32(shift)}
+        if shift.any():
+            node.op, node.weights = "shift", {"offset": shift.astype(np.float32)}
         else:
             graph.bypass(node.name)
-
-
-def _best_shift(layer: Node, scale: np.ndarray, offset: np.ndarray) -> float:
-    """Returns the shift whose padding changes the outputs least, an integer."""
-    if layer.op == "depthwise":
-        return float(np.round(np.mean(offset / scale)))
-    # A padded place contributes sum_c kernel_c * (scale_c * pad + offset_c) where it should
-    # contribute nothing: least squares over places and outputs.
-    kernel = layer.weights["kernel"].astype(np.float64)
-    slope = np.einsum("hwio,i->hwo", kernel, scale)
-    constant = np.einsum("hwio,i->hwo", kernel, offset)
-    return float(np.round(np.sum(slope * constant) / max(np.sum(slope**2), 1e-30)))
 
 
 def affine_to_depthwise(graph: Graph) -> None:

@@ -145,7 +145,7 @@ class _QuantizedReader(Reader):
 
     def _convert(self, layer, inputs, shape):
         if isinstance(layer, PixelShift):
-            weights = {"offset": np.float32(layer.offset)}
+            weights = {"offset": np.asarray(layer.offsets)}
             return self._add(layer, "shift", inputs, shape, weights=weights)
         if isinstance(layer, ChannelScale):
             factors = keras.ops.convert_to_numpy(layer.factors)

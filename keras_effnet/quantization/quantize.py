@@ -15,8 +15,11 @@ from .importance import consumer_of
 from .lowering import is_quantized
 from .params import PIXELS, QuantParams, widen
 from .ranges import METHODS, find_range
+from .rounding import collect_inputs, correct_biases, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
-from .ties import remove_ties
+from .ties import remove_ties, round_biases
+
+CORRECTIONS = ("swish_equalization", "linear_equalization", "learned_rounding", "bias_correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +42,7 @@ class QuantizationConfig:
     """
 
     method: str = "consumer"
+    corrections: tuple[str, ...] = CORRECTIONS
     equalize: str | tuple[str, ...] = "all"
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()
@@ -59,6 +63,13 @@ class QuantizationConfig:
             raise ValueError(
                 f"`keep_float` must be a tuple of layer names. Received: {self.keep_float!r}"
             )
+        unknown = [name for name in self.corrections if name not in CORRECTIONS]
+        if isinstance(self.corrections, str) or unknown:
+            raise ValueError(
+                f"`corrections` must be a tuple of names out of {CORRECTIONS}. "
+                f"Received: {self.corrections!r}"
+            )
+        object.__setattr__(self, "corrections", tuple(self.corrections))
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {self.batch_size}")
@@ -101,18 +112,52 @@ def quantize_model(
     graph = read_model(model, config.keep_float)
     pixels = expects_pixels(graph)
     batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
+    needed_again = {"learned_rounding", "bias_correction"} & set(config.corrections)
+    images = _Kept(batches) if needed_again else batches
     fold(graph)
-    statistics = collect(graph, batches, total, verbose)
+    statistics = collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
     _set_ranges(graph, statistics, config, pixels)
     _set_kernel_limits(graph, config)
     remove_ties(graph, shared_ranges(graph))
+    if needed_again:
+        _correct_kernels(graph, images, total, config, verbose)
+    round_biases(graph)
     return build_model(graph, quantized=True)
 
 
+class _Kept:
+    """Batches that can be iterated again: kept while they are drawn, pixels in 8 bits."""
+
+    def __init__(self, batches):
+        self.batches, self.kept, self.complete = batches, [], False
+
+    def __iter__(self):
+        if self.complete:
+            for batch in self.kept:
+                yield batch.astype(np.float32)
+            return
+        for batch in self.batches:
+            pixels = batch.astype(np.uint8)
+            self.kept.append(pixels if np.array_equal(pixels, batch) else batch)
+            yield batch
+        self.complete = True
+
+
+def _correct_kernels(graph, images, total, config, verbose):
+    inputs = collect_inputs(graph, images, total, verbose)
+    kernels = {name: graph[name].weights["kernel"] for name in inputs}
+    if "learned_rounding" in config.corrections:
+        round_kernels(graph, inputs)
+    if "bias_correction" in config.corrections:
+        correct_biases(graph, inputs, kernels)
+
+
 def _equalize(graph, statistics, config):
+    if "linear_equalization" in config.corrections:
+        equalization.equalize_linear(graph, statistics)
     names = config.equalize
-    if names == "none":
+    if names == "none" or "swish_equalization" not in config.corrections:
         return
     candidates = equalization.swish_candidates(graph)
     equalization.equalize_swish(graph, statistics, candidates if names == "all" else list(names))

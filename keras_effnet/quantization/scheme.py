@@ -4,8 +4,14 @@ Source: TFLite 8-bit quantization specification
 (https://ai.google.dev/edge/litert/models/quantization_spec).
 """
 
+import numpy as np
+
 from .graph import Graph, Node
-from .params import PIXELS, UNIT_INTERVAL, QuantParams
+from .params import INT8_MAX, INT8_MIN, PIXELS, UNIT_INTERVAL, QuantParams
+
+# The inputs and the output of a sum are multiples of a common step, this part of an input's scale:
+# see `ties.py`.
+SUM_STEPS = 256
 
 # The output has a range of its own, found by calibration.
 OWN = "own"
@@ -104,9 +110,22 @@ def fixed_params(graph: Graph, node: Node) -> QuantParams:
     """Returns the parameters that the specification, or the arithmetic, fixes for a node."""
     if node.op in ("sigmoid", "softmax"):
         return UNIT_INTERVAL
-    # A shift of pixels by an integer keeps their 8 bits; only the zero point moves.
     source = graph[node.inputs[0]].params or PIXELS
-    return QuantParams(source.scale, source.zero_point - int(node.weights["offset"]))
+    offset = node.weights["offset"]
+    spread = float(np.ptp(offset))
+    if not spread:  # The integers stay as they are; only the zero point moves.
+        return QuantParams(source.scale, source.zero_point - int(offset[0]))
+    # The steps grow until all channels find room, to a multiple that leaves no ties (`ties.py`).
+    steps = INT8_MAX - INT8_MIN
+    ratio = odd_above(SUM_STEPS * (steps * source.scale + spread) / (steps * source.scale))
+    scale = source.scale * ratio / SUM_STEPS
+    low = source.min + float(offset.min())
+    return QuantParams(scale, INT8_MIN - int(np.floor(low / scale + 0.5)))
+
+
+def odd_above(value: float) -> int:
+    """Returns the smallest odd integer that is not less than a number."""
+    return 2 * int(np.ceil((value - 1) / 2)) + 1
 
 
 def expects_pixels(graph: Graph) -> bool:

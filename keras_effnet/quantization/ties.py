@@ -21,13 +21,11 @@ import numpy as np
 from .graph import Graph, Node
 from .lowering import integer_factors, tensor_params
 from .params import INT8_MIN, KERNEL_MAX, UNIT_INTERVAL, QuantParams, kernel_scales
-from .scheme import OUTPUT_RULES, OWN
+from .scheme import OUTPUT_RULES, OWN, SUM_STEPS
 
 # Larger ratios leave less room than float32 sums need; a kernel channel is then far finer than
 # the output's step, so that coarser steps cost nothing.
 MAX_RATIO = 4095
-# The two inputs and the output of a sum are multiples of a common step, this part of an input's.
-SUM_STEPS = 256
 # Table operators (LOGISTIC, HARD_SWISH) must stay so far, in output steps, from a half. Single
 # precision errs by some 1e-5 steps.
 TABLE_MARGIN = 2e-4
@@ -48,8 +46,7 @@ def odd_below(values: np.ndarray) -> np.ndarray:
 def remove_ties(graph: Graph, groups: list[list[str]]) -> None:
     """Moves the scales of a graph a little, in place, so that no rounding is near a tie.
 
-    Zero points stay, so a range grows or shrinks with its scale. Biases are rounded to the steps
-    of their accumulators.
+    Zero points stay, so a range grows or shrinks with its scale.
 
     Args:
         graph: The folded graph; all tensors have `params`, all kernels "limits".
@@ -58,7 +55,8 @@ def remove_ties(graph: Graph, groups: list[list[str]]) -> None:
     """
     fixed = {name for group in groups if len(group) > 1 for name in group}
     for node in graph:
-        if node.is_float or node.name in fixed or any(_scale(graph, s) is None for s in node.inputs):
+        unscaled = any(_scale(graph, name) is None for name in node.inputs)
+        if node.is_float or node.name in fixed or unscaled:
             continue
         if OUTPUT_RULES[node.op] == OWN and node.params is not None:
             _ALIGN.get(node.op, _leave)(graph, node, fixed)
@@ -206,9 +204,20 @@ def _align_kernel(graph: Graph, node: Node) -> None:
     # Where one output step is less than the accumulator's, only a finer output step would help.
     scales = np.maximum(scales, natural)
     node.weights["limits"] = (scales * KERNEL_MAX).astype(np.float32)
-    steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
-    bias = np.round(node.weights["bias"].astype(np.float64) / steps) * steps
-    node.weights["bias"] = bias.astype(np.float32)
+
+
+def round_biases(graph: Graph) -> None:
+    """Rounds the biases of a graph to the steps of their accumulators, in place.
+
+    They are integers of these steps in a file; without this the Keras model would keep more.
+    """
+    for node in graph.kernel_nodes():
+        source = None if node.is_float else _scale(graph, node.inputs[0])
+        if source is None:
+            continue
+        steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
+        bias = np.round(node.weights["bias"].astype(np.float64) / steps) * steps
+        node.weights["bias"] = bias.astype(np.float32)
 
 
 _ALIGN = {

@@ -9,7 +9,8 @@ from PIL import Image
 from keras_effnet import create_model
 from keras_effnet.cli import main
 from keras_effnet.export import TFLiteRunner, read_tflite
-from keras_effnet.quantization import quantize_model
+from keras_effnet.quantization import CORRECTIONS, QuantizationConfig, quantize_model
+from keras_effnet.quantization.ranges import METHODS
 
 COLOURS = {"red": (220, 30, 40), "green": (30, 200, 60), "blue": (40, 60, 230)}
 
@@ -213,6 +214,8 @@ def test_a_quantized_model_is_exported_without_calibration(
     assert "is quantized: export it with --quantization int8" in error_of(capsys)
     assert call(arguments | {"quantization": "int8", "calibration_data": photographs}) == 2
     assert "holds its ranges: drop --calibration-data" in error_of(capsys)
+    assert call(arguments | {"quantization": "int8", "calibration_method": "mse"}) == 2
+    assert "holds its ranges: drop --calibration-method" in error_of(capsys)
     assert call(arguments | {"quantization": "int8"}) == 0
     written = json.loads((tmp_path / "r.json").read_text())
     assert written["file"]["inner_float_tensors"] == 0
@@ -230,6 +233,78 @@ def test_without_evaluation_images_the_calibration_images_are_compared_on(
     assert written["file"]["io_dtype"] == "float32"
     assert written["file"]["inner_float_tensors"] == 0
     assert written["accuracy"][1]["top1"] is None
+
+
+def test_the_quantizer_is_this_package_unless_the_converter_is_asked_for(
+    run, photographs, tmp_path, capsys
+):
+    files = {}
+    for quantizer in (None, "core", "converter"):
+        report = tmp_path / f"{quantizer}.json"
+        output = report.with_suffix(".tflite")
+        arguments = int8_arguments(photographs) | {"output": output, "report": report}
+        assert run(**arguments, quantizer=quantizer) == 0
+        written = json.loads(report.read_text())
+        assert written["quantizer"]["name"] == (quantizer or "core")
+        assert ("quantization" in written["seconds"]) == (quantizer != "converter")
+        files[quantizer] = output.read_bytes()
+    assert files[None] == files["core"] != files["converter"]
+    assert "Quantizing …" in capsys.readouterr().err
+
+
+def test_the_arguments_of_the_quantizer_reach_it(run, photographs, tmp_path, capsys):
+    report = tmp_path / "r.json"
+    arguments = int8_arguments(photographs) | {"report": report, "corrections": "none"}
+    assert run(**arguments, calibration_method="min_max", keep_float="conv") == 0
+    written = json.loads(report.read_text())
+    assert written["quantizer"]["method"] == "min_max"
+    assert written["quantizer"]["corrections"] == []
+    assert written["quantizer"]["keep_float"] == ["conv"]
+    assert written["file"]["inner_float_tensors"] > 0
+    assert "are float, as the model asks" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("names", [*CORRECTIONS, ",".join(CORRECTIONS), "none", None])
+def test_each_correction_can_be_chosen(names, run, photographs, capsys, monkeypatch):
+    configs = []
+
+    def quantize(model, batches, config, verbose):
+        assert len(batches) == 1 and len(next(iter(batches))) == 12
+        configs.append(config)
+        raise RuntimeError("enough is known")
+
+    monkeypatch.setattr("keras_effnet.quantization.quantize_model", quantize)
+    assert run(**int8_arguments(photographs), corrections=names) == 1
+    assert "enough is known" in error_of(capsys)
+    [config] = configs
+    expected = {None: QuantizationConfig().corrections, "none": ()}
+    assert config.corrections == expected.get(names, tuple((names or "").split(",")))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"calibration_method": "guess"}, "`method` must be one of.*min_max.*'guess'"),
+        ({"corrections": "magic"}, "`corrections`.*magic"),
+    ],
+)
+def test_what_the_quantizer_does_not_know(
+    run, no_conversion, photographs, capsys, changes, message
+):
+    assert run(**int8_arguments(photographs), **changes) == 2
+    assert_matches(message, error_of(capsys))
+
+
+def test_a_layer_that_is_not_there_cannot_stay_float(run, no_conversion, photographs, capsys):
+    assert run(**int8_arguments(photographs), keep_float="cnov") == 1
+    assert_matches("`keep_float` names layers.*cnov.*conv", error_of(capsys))
+
+
+def test_the_help_names_every_method(capsys):
+    with pytest.raises(SystemExit):
+        main(["export-tflite", "--help"])
+    shown = capsys.readouterr().out
+    assert [name for name in (*METHODS, *CORRECTIONS) if name not in shown] == []
 
 
 # Wrong usage, told before any work
@@ -259,6 +334,14 @@ def no_work(monkeypatch):
         ({"evaluation_samples": 3}, "--evaluation-samples needs --evaluation-data"),
         ({"io_dtype": "uint8"}, "io_dtype='uint8' needs quantization='int8'"),
         ({"quantization": "int8"}, "--quantization int8 needs --calibration-data"),
+        ({"quantizer": "core"}, "--quantizer belongs to --quantization int8"),
+        ({"calibration_method": "mse"}, "--calibration-method belongs to --quantization int8"),
+        ({"corrections": "none"}, "--corrections belongs to --quantization int8"),
+        ({"keep_float": "top_conv"}, "--keep-float belongs to --quantization int8"),
+        (
+            {"quantization": "int8", "quantizer": "converter", "keep_float": "top_conv"},
+            "--keep-float belongs to --quantizer core. Received: --quantizer converter",
+        ),
         ({"output": "missing/m.tflite"}, "no folder 'missing'.*Create it first"),
         ({"output": "."}, "is a folder"),
         ({"report": "missing/r.json"}, "no folder 'missing'"),
@@ -305,6 +388,15 @@ def test_arguments_of_a_variant_do_not_fit_a_saved_model(name, tmp_path, no_work
     argv = ["export-tflite", "--keras-model", str(tmp_path / "mine.keras"), f"--{name}", "3"]
     assert main([*argv, "--output", str(tmp_path / "m.tflite")]) == 2
     assert f"--{name} belongs to --model" in error_of(capsys)
+
+
+@pytest.mark.parametrize("names", ["", "stem_conv,,top_conv"])
+def test_names_without_a_name(names, capsys):
+    argv = ["export-tflite", "--model", "EfficientNetB0", "--output", "m.tflite"]
+    with pytest.raises(SystemExit) as exit_:
+        main([*argv, "--keep-float", names])
+    assert exit_.value.code == 2
+    assert "names separated by commas are needed" in capsys.readouterr().err
 
 
 def test_either_a_variant_or_a_saved_model(tmp_path, capsys):

@@ -77,8 +77,8 @@ def test_every_file_is_verified_on_photographs(name, shared, tmp_path, capsys):
     assert file.inner_floats == ()
     assert file.inputs[0].dtype == file.outputs[0].dtype == "uint8"
     assert reports["int8"]["calibration"]["images"] == 200
-    # The converter's own calibration costs both models more than one image in twenty: the
-    # command says so, and so does the report. One that does better needs no warning.
+    # A file that differs on more than one image in twenty is warned of, on the terminal and in the
+    # report; one that does better needs no warning.
     warned = any("int8 file chooses" in text for text in reports["int8"]["warnings"])
     assert warned == (rows["int8"]["agreement"] < 0.95)
     assert warned == ("WARNING: The int8 file chooses" in capsys.readouterr().err)

@@ -30,7 +30,7 @@ def test_writes_every_key_of_the_schema(report, tmp_path):
     path = write_report(tmp_path / "r.json", report)
     written = json.loads(path.read_text())
     assert sorted(written) == sorted(
-        "schema command versions model file calibration verification accuracy seconds "
+        "schema command versions model quantizer file calibration verification accuracy seconds "
         "warnings".split()
     )
     documented = ExportReport.__doc__

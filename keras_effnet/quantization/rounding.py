@@ -1,0 +1,281 @@
+"""Learned rounding: kernels rounded so that the errors of their weights cancel each other.
+
+Rounding each weight to the nearest step is not best for the output of a layer: its inputs are
+correlated, so the error of one weight can be made up for by the next ones. Column by column, a
+weight is rounded, and what its error does to the output is taken back, as well as possible, by the
+weights that are not rounded yet (the method of Optimal Brain Surgeon). What that needs is
+the covariance of the layer's inputs, as the integers hold them, on unlabelled photographs.
+The bias takes up the mean of what remains, also of the rounding of the inputs.
+
+Sources: Frantar et al., 2022, Optimal Brain Compression, section 5
+(https://arxiv.org/abs/2208.11580); Frantar et al., 2023, GPTQ, section 3
+(https://arxiv.org/abs/2210.17323). Bias: Nagel et al., 2019, Data-Free Quantization, section 4.2
+(https://arxiv.org/abs/1906.04721).
+"""
+
+import dataclasses
+from collections.abc import Iterable
+
+import keras
+import numpy as np
+from keras import ops
+
+from .build import build_model
+from .folding import same_padding
+from .graph import Graph, Node
+from .lowering import tensor_params
+from .params import KERNEL_MAX, kernel_scales
+
+# Part of the mean variance that is added to every variance: directions that the photographs hardly
+# show keep their weights.
+DAMPING = 0.01
+# Places of one image whose inputs are looked at, at most.
+PLACES_PER_IMAGE = 1024
+
+
+@dataclasses.dataclass
+class InputStatistics:
+    """First and second moments of what a kernel reads.
+
+    A kernel reads patches: vectors of all values that meet the weights of one output channel. A
+    depthwise kernel has its own patches for each channel, the others one set for all.
+
+    Attributes:
+        covariance: Of the rounded patches, shape (sets, size, size).
+        mean: Of the rounded patches, shape (sets, size).
+        exact_mean: Of the float patches, shape (sets, size).
+    """
+
+    covariance: np.ndarray
+    mean: np.ndarray
+    exact_mean: np.ndarray
+
+
+class _Moments(keras.layers.Layer):
+    """Sums of the products and values of the patches that a kernel reads, float and rounded."""
+
+    def __init__(self, node: Node, params, shape, name):
+        super().__init__(name=name)
+        self.depthwise, self.dense = node.op == "depthwise", node.op == "dense"
+        self.kernel_size = node.weights["kernel"].shape[:2]
+        self.attrs, self.params, self.output_size = node.attrs, params, node.shape[:2]
+        self.channels = shape[-1]
+        if self.dense:
+            self.sets, self.size, places = 1, self.channels, int(np.prod(shape[:-1], dtype=int))
+        else:
+            taps = int(np.prod(self.kernel_size))
+            self.sets = self.channels if self.depthwise else 1
+            self.size = taps if self.depthwise else taps * self.channels
+            places = int(np.prod(node.shape[:2]))
+        generator = np.random.default_rng(places)
+        self.chosen = np.arange(places)
+        if places > PLACES_PER_IMAGE:
+            self.chosen = np.sort(generator.choice(places, PLACES_PER_IMAGE, replace=False))
+        self.places = len(self.chosen)
+
+    def call(self, inputs):
+        exact = self._patches(inputs)
+        rounded = self._patches(
+            keras.quantizers.fake_quant_with_min_max_vars(inputs, self.params.min, self.params.max)
+        )
+        products = ops.matmul(ops.transpose(rounded, (0, 2, 1)), rounded)
+        # The leading 1 lets `predict_on_batch` return sums, which have no batch.
+        return [
+            ops.expand_dims(products, 0),
+            ops.expand_dims(ops.sum(rounded, axis=1), 0),
+            ops.expand_dims(ops.sum(exact, axis=1), 0),
+        ]
+
+    def _patches(self, inputs):
+        """Returns patches of the shape (sets, images * places, size)."""
+        if self.dense:
+            taps = [ops.reshape(inputs, (ops.shape(inputs)[0], -1, self.channels))]
+        else:
+            taps = [self._tap(inputs, row, column) for row, column in np.ndindex(self.kernel_size)]
+        rows = ops.stack([ops.take(tap, self.chosen, axis=1) for tap in taps], axis=2)
+        if self.depthwise:
+            rows = ops.reshape(rows, (-1, self.size, self.channels))
+            return ops.transpose(rows, (2, 0, 1))
+        return ops.reshape(rows, (1, -1, self.size))
+
+    def _tap(self, inputs, row, column):
+        """Returns what one weight of the kernel meets at every place, (images, places, channels).
+
+        `ops.image.extract_patches` would do it by a convolution, a thousand times slower.
+        """
+        strides, dilation = self.attrs["strides"], self.attrs["dilation"]
+        starts, sizes = (row, column), self.output_size
+        if self.attrs["padding"] == "same":
+            pads = [
+                same_padding(size, kernel, stride, step)
+                for size, kernel, stride, step in zip(
+                    inputs.shape[1:3], self.kernel_size, strides, dilation, strict=True
+                )
+            ]
+            inputs = ops.pad(inputs, ((0, 0), *pads, (0, 0)))
+        rows, columns = (
+            slice(start * step, start * step + (size - 1) * stride + 1, stride)
+            for start, step, size, stride in zip(starts, dilation, sizes, strides, strict=True)
+        )
+        return ops.reshape(
+            inputs[:, rows, columns, :], (ops.shape(inputs)[0], -1, self.channels)
+        )
+
+    def compute_output_spec(self, inputs):
+        return [
+            keras.KerasTensor((1, self.sets, self.size, self.size)),
+            keras.KerasTensor((1, self.sets, self.size)),
+            keras.KerasTensor((1, self.sets, self.size)),
+        ]
+
+
+def collect_inputs(
+    graph: Graph, batches: Iterable[np.ndarray], total: int | None, verbose: bool
+) -> dict[str, InputStatistics]:
+    """Runs a graph in float over calibration images and collects what its kernels read.
+
+    Args:
+        graph: The folded graph with the `params` of its tensors.
+        batches: Images.
+        total: Number of batches, if it is known, for the progress bar.
+        verbose: Whether to show progress.
+
+    Returns:
+        Statistics by the name of the node.
+    """
+    nodes = [node for node in graph.kernel_nodes() if _is_covered(node)]
+    sources = sorted({node.inputs[0] for node in nodes})
+    model = build_model(graph, quantized=False, observed=tuple(sources))
+    tensors = dict(zip(sources, model.outputs, strict=True))
+    layers, outputs = [], []
+    for node in nodes:
+        source = node.inputs[0]
+        layer = _Moments(
+            node, tensor_params(graph, source), graph[source].shape, f"{node.name}_moments"
+        )
+        layers.append(layer)
+        outputs.append(layer(tensors[source]))
+    observer = keras.Model(model.inputs, outputs)
+    sums: list = [None] * len(nodes)
+    images = 0
+    progress = keras.utils.Progbar(total, verbose=1 if verbose else 0, unit_name="batch")
+    for batch in batches:
+        images += len(batch)
+        for index, parts in enumerate(observer.predict_on_batch(batch)):
+            parts = [np.asarray(part[0], np.float64) for part in parts]
+            if sums[index] is None:
+                sums[index] = parts
+            else:
+                for total_part, part in zip(sums[index], parts, strict=True):
+                    total_part += part
+        progress.add(1)
+    found = {}
+    for node, layer, (products, rounded, exact) in zip(nodes, layers, sums, strict=True):
+        count = images * layer.places
+        mean = rounded / count
+        covariance = products / count - mean[:, :, None] * mean[:, None, :]
+        found[node.name] = InputStatistics(covariance, mean, exact / count)
+    return found
+
+
+def round_kernel(
+    weights: np.ndarray, scales: np.ndarray, covariance: np.ndarray, damping: float = DAMPING
+) -> np.ndarray:
+    """Rounds weights so that the variance of their error at the output is small.
+
+    Args:
+        weights: Shape (sets, rows, size): `rows` output channels for each set of patches.
+        scales: Steps of the rows, shape (sets, rows).
+        covariance: Of the patches, shape (sets, size, size).
+        damping: Part of the mean variance that is added to every variance.
+
+    Returns:
+        Integers in [-127, 127], shape (sets, rows, size), as float64.
+    """
+    sets, _, size = weights.shape
+    variance = np.diagonal(covariance, axis1=1, axis2=2)
+    # Large variances first: their errors are the dearest, and all the others can make up for them.
+    order = np.argsort(-variance, axis=1, kind="stable")
+    index = np.arange(sets)[:, None]
+    damped = covariance[index[:, :, None], order[:, :, None], order[:, None, :]].astype(np.float64)
+    extra = np.maximum(damping * variance.mean(axis=1), 1e-12)
+    damped[:, np.arange(size), np.arange(size)] += extra[:, None]
+    # The upper Cholesky factor of the inverse holds, in row i, how the columns behind i answer.
+    inverse = np.linalg.inv(damped)
+    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    left = np.take_along_axis(weights.astype(np.float64), order[:, None, :], axis=2)
+    integers = np.empty_like(left)
+    for column in range(size):
+        steps = np.clip(np.round(left[:, :, column] / scales), -KERNEL_MAX, KERNEL_MAX)
+        integers[:, :, column] = steps
+        error = (left[:, :, column] - steps * scales) / upper[:, column, column, None]
+        left[:, :, column + 1 :] -= error[:, :, None] * upper[:, None, column, column + 1 :]
+    back = np.argsort(order, axis=1)
+    return np.take_along_axis(integers, back[:, None, :], axis=2)
+
+
+def round_kernels(graph: Graph, inputs: dict[str, InputStatistics]) -> None:
+    """Replaces the kernels of a graph, in place, by the real values of integers that fit them.
+
+    Args:
+        graph: The folded graph with "limits" on its kernels.
+        inputs: Statistics from `collect_inputs`.
+    """
+    for name, statistics in inputs.items():
+        node = graph[name]
+        rows, scales = _rows(node), _steps(node)
+        integers = round_kernel(rows, scales, statistics.covariance)
+        _replace(node, integers * scales[:, :, None])
+
+
+def _is_covered(node: Node) -> bool:
+    return not node.is_float and node.attrs.get("groups", 1) == 1
+
+
+def _steps(node: Node) -> np.ndarray:
+    """Returns the steps of the rows of a kernel, shape (sets, rows)."""
+    sets, rows, _ = _rows(node).shape
+    scales = kernel_scales(node.weights["limits"]).astype(np.float64)
+    return np.broadcast_to(scales, sets * rows).reshape(sets, rows)
+
+
+def _rows(node: Node) -> np.ndarray:
+    """Returns the weights of a kernel in the order of its patches, (sets, rows, size)."""
+    kernel = node.weights["kernel"].astype(np.float64)
+    if node.op == "dense":
+        return kernel.T[None]
+    if node.op == "depthwise":
+        return kernel[..., 0].reshape(-1, kernel.shape[2]).T[:, None, :]
+    return kernel.reshape(-1, kernel.shape[3]).T[None]
+
+
+def _replace(node: Node, rows: np.ndarray) -> None:
+    """Sets the kernel of a node from rows."""
+    columns = rows[:, 0, :].T if node.op == "depthwise" else rows[0].T
+    node.weights["kernel"] = columns.reshape(node.weights["kernel"].shape).astype(np.float32)
+
+
+def output_means(node: Node, means: np.ndarray) -> np.ndarray:
+    """Returns the mean of each output channel, without the bias, for a mean patch."""
+    return np.einsum("sri,si->sr", _rows(node), means).reshape(-1)
+
+
+def correct_biases(
+    graph: Graph, inputs: dict[str, InputStatistics], kernels: dict[str, np.ndarray]
+) -> None:
+    """Moves biases so that rounding leaves the mean of each output channel as it is, in place.
+
+    Args:
+        graph: The folded graph, its kernels rounded or not.
+        inputs: Statistics from `collect_inputs`.
+        kernels: The float kernels by the name of the node.
+    """
+    for name, statistics in inputs.items():
+        node = graph[name]
+        exact = dataclasses.replace(node, weights={**node.weights, "kernel": kernels[name]})
+        shift = output_means(exact, statistics.exact_mean)
+        rounded = np.clip(np.round(_rows(node) / _steps(node)[:, :, None]), -KERNEL_MAX, KERNEL_MAX)
+        integers = dataclasses.replace(node, weights=dict(node.weights))
+        _replace(integers, rounded * _steps(node)[:, :, None])
+        shift = shift - output_means(integers, statistics.mean)
+        node.weights["bias"] = (node.weights["bias"] + shift).astype(np.float32)
