@@ -17,7 +17,12 @@ from .scheme import FIXED, OUTPUT_RULES
 RANGE_SUFFIX = "_range"
 
 
-def build_model(graph: Graph, quantized: bool, observed: tuple[str, ...] | None = None):
+def build_model(
+    graph: Graph,
+    quantized: bool,
+    observed: tuple[str, ...] | None = None,
+    range_layer: type[FakeQuant] = FakeQuant,
+):
     """Builds a Keras model that computes a folded graph.
 
     Args:
@@ -27,6 +32,7 @@ def build_model(graph: Graph, quantized: bool, observed: tuple[str, ...] | None 
             in float.
         observed: Names of the nodes whose tensors are the outputs of the model; by default the
             outputs of the graph.
+        range_layer: Type of the layers through which quantized tensors pass.
 
     Returns:
         A Functional `keras.Model` whose layers have the names of the nodes, with new weights.
@@ -46,7 +52,7 @@ def build_model(graph: Graph, quantized: bool, observed: tuple[str, ...] | None 
                 ]
             tensors[node.name] = _apply(node, inputs, quantized and not node.is_float)
         if quantized and node.params is not None:
-            layer = FakeQuant(
+            layer = range_layer(
                 node.params.min,
                 node.params.max,
                 fixed=OUTPUT_RULES[node.op] == FIXED or node.op == "input",

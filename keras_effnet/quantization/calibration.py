@@ -38,6 +38,7 @@ class TensorStatistics:
         batch_high: Largest value of each batch.
         sample: Rows of channel values, shape (rows, channels).
         weights: How many places each row stands for, shape (rows,).
+        images: Number of the image that each row comes from, shape (rows,).
     """
 
     low: np.ndarray
@@ -47,6 +48,7 @@ class TensorStatistics:
     batch_high: list[float]
     sample: np.ndarray
     weights: np.ndarray
+    images: np.ndarray
 
     def divided_by(self, factors: np.ndarray) -> "TensorStatistics":
         """Returns the statistics of the tensor divided by positive factors of its channels."""
@@ -60,6 +62,7 @@ class TensorStatistics:
             [float(high.max())] * len(self.batch_high),
             self.sample / factors,
             self.weights,
+            self.images,
         )
 
 
@@ -78,7 +81,9 @@ class _Rows:
             self.stride *= 2
 
     def result(self):
-        return np.concatenate(self.parts)
+        """Returns the rows kept, and the number of each in the stream."""
+        rows = np.concatenate(self.parts)
+        return rows, np.arange(len(rows)) * self.stride
 
 
 class _Accumulator:
@@ -102,14 +107,18 @@ class _Accumulator:
         self.batch_high.append(float(high.max()))
         self.rows.add(sample.reshape(-1, sample.shape[-1]))
         if self.sampled < self.places:
-            self.extremes.add(np.stack([low, high], axis=1).reshape(-1, low.shape[-1]))
+            # One row for an image, so that thinning drops both of its extremes or none.
+            self.extremes.add(np.concatenate([low, high], axis=1))
 
     def result(self):
-        rows = self.rows.result()
+        rows, numbers = self.rows.result()
+        images = numbers // self.sampled
         weights = np.full(len(rows), self.rows.stride * self.places / self.sampled, np.float32)
         if self.extremes.parts:
-            extremes = self.extremes.result()
+            extremes, numbers = self.extremes.result()
+            extremes = extremes.reshape(2 * len(extremes), -1)
             rows = np.concatenate([rows, extremes])
+            images = np.concatenate([images, np.repeat(numbers, 2)])
             stride = np.float32(self.extremes.stride)
             weights = np.concatenate([weights, np.full(len(extremes), stride)])
         return TensorStatistics(
@@ -120,6 +129,7 @@ class _Accumulator:
             self.batch_high,
             rows,
             weights,
+            images,
         )
 
 
@@ -154,7 +164,7 @@ class _Observe(keras.layers.Layer):
 
 def observed_nodes(graph: Graph) -> list[str]:
     """Returns the names of the nodes whose ranges calibration finds."""
-    return [node.name for node in graph if OUTPUT_RULES[node.op] == OWN]
+    return [node.name for node in graph if OUTPUT_RULES[node.op] == OWN or node.is_float]
 
 
 def collect(

@@ -16,6 +16,7 @@ Source of the idea for ReLU networks: Nagel et al., 2019, Data-Free Quantization
 Equalization and Bias Correction, section 4.1 (https://arxiv.org/abs/1906.04721).
 """
 
+import dataclasses
 from collections.abc import Container
 
 import numpy as np
@@ -28,16 +29,19 @@ from .scheme import OUTPUT_RULES, OWN
 # A factor takes one of this many steps, since an integer kernel holds it in 8 bits.
 FACTOR_STEPS = 255
 SMALLEST_STEPS = 2
-# Rows of the sample that the search of the factors looks at.
-SEARCH_ROWS = 1024
-FLOOR, QUANTILE = 1.0, 0.5
-# Factors tried for a channel, relative to its reach.
-RELATIVE_FACTORS = np.geomspace(0.15, 4, 10)
-# Shared ranges tried, in units of the factors: lower bound of the convolution's output (its upper
-# bound is 1), lower and upper bound of the swish's output.
-INPUT_LOWS = (0.15, 0.3, 0.6, 1.0)
-OUTPUT_LOWS = (0.05, 0.1, 0.17, 0.27)
-OUTPUT_HIGHS = (0.7, 1.0)
+# Noise-to-signal ratio that equalizing one swish must save to be worth a multiplication: the
+# whole network has some hundredths, in some forty swishes.
+LEAST_GAIN = 2e-3
+# Rows of the sample that the search of the factors looks at, and as many rows of extremes.
+SEARCH_ROWS = 512
+# Factors tried for each channel, relative to the reach of the largest.
+RELATIVE_FACTORS = np.geomspace(SMALLEST_STEPS / FACTOR_STEPS, 1.5, 24)
+# Quantiles of the reaches of all channels that are tried as the smallest factor; 1 is the same
+# factor for all, which is no equalization.
+FLOORS = (0.0, 0.5, 0.9, 0.98, 1.0)
+# The range of the convolution's output and of the swish's output in the search, in units of the
+# factors: lower bound of either, upper bound of both.
+RANGES = (0.5, 0.17, 1.0)
 # A channel that stays below this part of the largest is as good as dead.
 SMALLEST_REACH = 1e-3
 # A swish is flat below about this, so smaller values matter no more than their half.
@@ -77,13 +81,20 @@ def _swish_source(graph: Graph, node: Node) -> Node | None:
     return None
 
 
-def equalize_swish(graph: Graph, statistics: dict[str, TensorStatistics], names: list[str]) -> None:
+def equalize_swish(
+    graph: Graph,
+    statistics: dict[str, TensorStatistics],
+    names: list[str],
+    least_gain: float | None = None,
+) -> None:
     """Equalizes the tensors around some swishes, in the graph and in its statistics.
 
     Args:
         graph: The folded graph, changed in place.
         statistics: Statistics of the float graph, changed in place to those of the new tensors.
         names: Swishes, out of `swish_candidates`.
+        least_gain: Swishes whose noise-to-signal ratio would fall by less are left as they are, to
+            save the multiplication; None equalizes all.
 
     Raises:
         ValueError: If a name is not a candidate.
@@ -96,7 +107,10 @@ def equalize_swish(graph: Graph, statistics: dict[str, TensorStatistics], names:
             )
         node = graph[name]
         source = _swish_source(graph, node)
-        factors = search_factors(statistics[source.name], energy(graph, name))
+        found = search_factors(statistics[source.name], energy(graph, name))
+        if least_gain is not None and found.noise_without - found.noise < least_gain:
+            continue
+        factors = found.values
         kernel = source.weights["kernel"]
         shape = (-1, 1) if source.op == "depthwise" else (-1,)
         source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
@@ -118,54 +132,91 @@ def equalize_swish(graph: Graph, statistics: dict[str, TensorStatistics], names:
             statistics[changed] = statistics[changed].divided_by(factors)
 
 
-def search_factors(statistics: TensorStatistics, importance: np.ndarray) -> np.ndarray:
+@dataclasses.dataclass(frozen=True)
+class Factors:
+    """The factors of a swish, and what they are good for.
+
+    Attributes:
+        values: float32, shape (channels,), multiples of their maximum / FACTOR_STEPS.
+        noise: Noise-to-signal ratio behind the swish, measured on images that the factors were not
+            fitted to.
+        noise_without: The same without equalization.
+    """
+
+    values: np.ndarray
+    noise: float
+    noise_without: float
+
+
+def search_factors(statistics: TensorStatistics, importance: np.ndarray) -> Factors:
     """Returns the factors that make the rounding errors behind a swish smallest.
 
     For given ranges of the two integer tensors x / s and swish(x) / s the channels do not depend
-    on each other, so each takes the best of its candidates; the ranges are found by coordinate
-    descent.
+    on each other, so each takes the best of its candidates.
+
+    A channel that is small on the calibration images need not be so on others: late channels of a
+    network fire for a few classes alone. So no factor is smaller than a quantile of the reaches of
+    all channels, and that quantile is chosen by two-fold cross-validation over the images.
 
     Args:
         statistics: Statistics of the convolution's output.
         importance: Weight of the squared error of each channel, shape (channels,).
 
     Returns:
-        float32 factors, shape (channels,), multiples of their maximum / FACTOR_STEPS.
+        The factors. Where no equalization did better they are all the same.
     """
-    stride = max(1, len(statistics.sample) // SEARCH_ROWS)
-    values = statistics.sample[::stride]
-    rows = statistics.weights[::stride] / statistics.weights[::stride].sum()
-    exact = _swish(values)
-    reach = np.maximum(
-        np.maximum(statistics.high, np.minimum(-FLAT_BELOW, -statistics.low) / 2), 1e-6
-    )
-    reach = np.maximum(reach, FLOOR * np.quantile(reach, QUANTILE))
-    weights = importance / max(importance.mean(), 1e-30)
+    values, exact, rows, images = _search_rows(statistics)
+    # A swish is flat below, so what lies there matters less.
+    low = np.minimum(-FLAT_BELOW, -statistics.low) / 2
+    reach = np.maximum(np.maximum(statistics.high, low), 1e-6)
+    candidates = np.append(reach.max() * RELATIVE_FACTORS, reach.max()).astype(np.float32)
+    importance = importance / max(importance.mean(), 1e-30)
+    # Weighted errors and signals of both halves of the images, shape (2, candidates, channels).
+    halves = [images % 2 == number for number in (0, 1)]
+    errors = np.empty((2, len(candidates), len(reach)))
+    for index, factor in enumerate(candidates):
+        squares = _squared_errors(values, exact, factor)
+        for number, half in enumerate(halves):
+            errors[number, index] = (rows[half] @ squares[half]) * importance
+    signal = float((rows @ exact**2) @ importance)
 
-    def evaluate(ranges):
-        low_in, low_out, high_out = ranges
-        errors = np.empty((len(RELATIVE_FACTORS), values.shape[1]))
-        for index, relative in enumerate(RELATIVE_FACTORS):
-            factors = (reach * relative).astype(np.float32)
-            inputs = _round(values / factors, low_in, 1.0) * factors
-            outputs = _round(_swish(inputs) / factors, low_out, high_out) * factors
-            errors[index] = rows @ (outputs - exact) ** 2
-        best = errors.argmin(axis=0)
-        return float(np.dot(errors.min(axis=0), weights)), best
+    def choose(of_errors, floor):
+        allowed = np.where(candidates[:, None] >= floor, of_errors, np.inf)
+        return allowed.argmin(axis=0)
 
-    best_ranges = (0.3, 0.1, 1.0)
-    least, best = evaluate(best_ranges)
-    for position, options in enumerate((INPUT_LOWS, OUTPUT_LOWS, OUTPUT_HIGHS)):
-        for option in options:
-            ranges = (*best_ranges[:position], option, *best_ranges[position + 1 :])
-            if option == best_ranges[position]:
-                continue
-            error, chosen = evaluate(ranges)
-            if error < least:
-                least, best, best_ranges = error, chosen, ranges
-    factors = reach * RELATIVE_FACTORS[best]
+    channels = np.arange(len(reach))
+    floors = [np.quantile(reach, quantile) if quantile else 0.0 for quantile in FLOORS]
+    noises = [
+        sum(errors[1 - half][choose(errors[half], floor), channels].sum() for half in (0, 1))
+        / max(signal, 1e-30)
+        for floor in floors
+    ]
+    best = int(np.argmin(noises))
+    factors = candidates[choose(errors.sum(axis=0), floors[best])]
     step = factors.max() / FACTOR_STEPS
-    return (np.maximum(np.round(factors / step), SMALLEST_STEPS) * step).astype(np.float32)
+    values = (np.maximum(np.round(factors / step), SMALLEST_STEPS) * step).astype(np.float32)
+    without = errors[:, -1].sum() / max(signal, 1e-30)
+    return Factors(values, float(noises[best]), float(without))
+
+
+def _search_rows(statistics):
+    """Returns a bounded choice of rows: values, swishes, weights and numbers of the images."""
+    extreme = statistics.weights < statistics.weights.max()
+    kept, weights = [], []
+    for part in (np.flatnonzero(~extreme), np.flatnonzero(extreme)):
+        stride = max(1, len(part) // SEARCH_ROWS)
+        kept.append(part[::stride])
+        weights.append(statistics.weights[part[::stride]] * np.float32(stride))
+    chosen = np.concatenate(kept)
+    values = statistics.sample[chosen]
+    return values, _swish(values), np.concatenate(weights), statistics.images[chosen]
+
+
+def _squared_errors(values, exact, factor):
+    """Returns what rounding in the units of a factor does to the output of a swish, squared."""
+    low_in, low_out, high = RANGES
+    inputs = _round(values / factor, low_in, high) * factor
+    return (_round(_swish(inputs) / factor, low_out, high) * factor - exact) ** 2
 
 
 def _swish(values):

@@ -40,6 +40,7 @@ def compose_affines(graph: Graph) -> None:
         scale, offset = node.weights["scale"], node.weights["offset"]
         node.weights["offset"] = producer.weights["offset"] * scale + offset
         node.weights["scale"] = producer.weights["scale"] * scale
+        node.is_float |= producer.is_float
         graph.bypass(producer.name)
 
 
@@ -93,6 +94,8 @@ def fold_affine_into_producer(graph: Graph) -> None:
         layer.weights["kernel"] = kernel.astype(np.float32)
         bias = layer.weights["bias"] * scale + node.weights["offset"]
         layer.weights["bias"] = bias.astype(np.float32)
+        # To keep a batch norm in float is to keep the layer that it becomes a part of.
+        layer.is_float |= node.is_float
         graph.bypass(node.name)
 
 
@@ -113,6 +116,8 @@ def fold_input_normalization(graph: Graph) -> None:
         if layer is None or layer.op not in ("conv", "depthwise", "dense"):
             continue
         if layer.attrs.get("groups", 1) != 1:
+            continue
+        if node.is_float and not layer.is_float:
             continue
         scale = node.weights["scale"].astype(np.float64)
         offset = node.weights["offset"].astype(np.float64)
@@ -135,6 +140,7 @@ def fold_input_normalization(graph: Graph) -> None:
         layer.weights["bias"] = (layer.weights["bias"] + bias).astype(np.float32)
         if shift.any():
             node.op, node.weights = "shift", {"offset": shift.astype(np.float32)}
+            node.is_float = False  # Integers are exact.
         else:
             graph.bypass(node.name)
 
@@ -182,7 +188,12 @@ def split_swish(graph: Graph) -> None:
             continue
         source = node.inputs[0]
         gate = Node(
-            graph.unique(f"{node.name}_sigmoid"), "sigmoid", [source], node.shape, node.layer
+            graph.unique(f"{node.name}_sigmoid"),
+            "sigmoid",
+            [source],
+            node.shape,
+            node.layer,
+            is_float=node.is_float,
         )
         graph.add(gate, after=source)
         node.op, node.inputs = "mul", [source, gate.name]
@@ -199,6 +210,8 @@ def fuse_relu(graph: Graph) -> None:
         if graph.only_consumer(producer.name) is not node:
             continue
         if producer.attrs.get("activation", "linear") != "linear":
+            continue
+        if node.is_float and not producer.is_float:
             continue
         producer.attrs["activation"] = node.op
         graph.bypass(node.name)

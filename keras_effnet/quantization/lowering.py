@@ -97,6 +97,13 @@ def integer_kernel(node: Node) -> tuple[np.ndarray, np.ndarray]:
     return quantize_kernel(node.weights["kernel"], shaped), kernel_scales(limits)
 
 
+def dequantized_kernel(node: Node) -> np.ndarray:
+    """Returns the real values of the integers of a kernel, float32, in Keras' layout."""
+    integers, scales = integer_kernel(node)
+    shaped = scales.reshape(-1, 1) if node.op == "depthwise" else scales
+    return integers.astype(np.float32) * shaped
+
+
 def integer_bias(graph: Graph, node: Node) -> tuple[np.ndarray, np.ndarray]:
     """Returns the int32 bias of a node and its float32 scales, those of the accumulator."""
     source = tensor_params(graph, node.inputs[0])

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from . import equalization
+from .bias import correct_biases
 from .build import build_model
 from .calibration import TensorStatistics, calibration_batches, collect
 from .folding import fold
@@ -15,7 +16,7 @@ from .importance import consumer_of
 from .lowering import is_quantized
 from .params import PIXELS, QuantParams, widen
 from .ranges import METHODS, find_range
-from .rounding import collect_inputs, correct_biases, round_kernels
+from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .ties import remove_ties, round_biases
 
@@ -30,8 +31,16 @@ class QuantizationConfig:
         method: How ranges are found from the calibration data: "min_max", "moving_average",
             "percentile", "mse", "entropy", or "consumer", which measures the squared error after
             the swish, sigmoid or kernel that reads the tensor.
-        equalize: Swishes to equalize: "all", "none", or a tuple of layer names. Equalizing is
-            exact; each swish costs one more multiplication.
+        corrections: What is done beyond ranges, out of `CORRECTIONS`:
+
+            - "swish_equalization": channels of very different ranges are brought closer through
+              the swish that follows them, exactly, for one more multiplication (`equalization`);
+            - "linear_equalization": the same between linear layers, for nothing;
+            - "learned_rounding": kernels are rounded so that the errors of their weights cancel
+              (`rounding`); needs a second pass over the data;
+            - "bias_correction": biases take up the mean of the rounding errors (`bias`).
+        equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; or a tuple
+            of layer names.
         per_channel_head: Whether dense layers have one scale for each unit. Needs FULLY_CONNECTED
             of version 12 (TensorFlow 2.14); the Edge TPU wants False.
         keep_float: Names of layers to keep in float.
@@ -43,7 +52,7 @@ class QuantizationConfig:
 
     method: str = "consumer"
     corrections: tuple[str, ...] = CORRECTIONS
-    equalize: str | tuple[str, ...] = "all"
+    equalize: str | tuple[str, ...] = "auto"
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()
     batch_size: int = 8
@@ -52,9 +61,9 @@ class QuantizationConfig:
         if self.method not in METHODS:
             raise ValueError(f"`method` must be one of {METHODS}. Received: {self.method!r}")
         if isinstance(self.equalize, str):
-            if self.equalize not in ("all", "none"):
+            if self.equalize not in ("auto", "all"):
                 raise ValueError(
-                    "`equalize` must be 'all', 'none' or a tuple of layer names. "
+                    "`equalize` must be 'auto', 'all' or a tuple of layer names. "
                     f"Received: {self.equalize!r}"
                 )
         else:
@@ -112,16 +121,19 @@ def quantize_model(
     graph = read_model(model, config.keep_float)
     pixels = expects_pixels(graph)
     batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
-    needed_again = {"learned_rounding", "bias_correction"} & set(config.corrections)
-    images = _Kept(batches) if needed_again else batches
+    learned = "learned_rounding" in config.corrections
+    images = _Kept(batches) if learned else batches
     fold(graph)
     statistics = collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
     _set_ranges(graph, statistics, config, pixels)
     _set_kernel_limits(graph, config)
     remove_ties(graph, shared_ranges(graph))
-    if needed_again:
-        _correct_kernels(graph, images, total, config, verbose)
+    kernels = {node.name: node.weights["kernel"] for node in graph.kernel_nodes()}
+    if learned:
+        round_kernels(graph, collect_covariances(graph, images, total, verbose))
+    if "bias_correction" in config.corrections:
+        correct_biases(graph, statistics, kernels)
     round_biases(graph)
     return build_model(graph, quantized=True)
 
@@ -144,23 +156,17 @@ class _Kept:
         self.complete = True
 
 
-def _correct_kernels(graph, images, total, config, verbose):
-    inputs = collect_inputs(graph, images, total, verbose)
-    kernels = {name: graph[name].weights["kernel"] for name in inputs}
-    if "learned_rounding" in config.corrections:
-        round_kernels(graph, inputs)
-    if "bias_correction" in config.corrections:
-        correct_biases(graph, inputs, kernels)
-
-
 def _equalize(graph, statistics, config):
     if "linear_equalization" in config.corrections:
         equalization.equalize_linear(graph, statistics)
-    names = config.equalize
-    if names == "none" or "swish_equalization" not in config.corrections:
+    if "swish_equalization" not in config.corrections:
         return
+    if isinstance(config.equalize, tuple):
+        equalization.equalize_swish(graph, statistics, list(config.equalize))
+        return
+    least = equalization.LEAST_GAIN if config.equalize == "auto" else None
     candidates = equalization.swish_candidates(graph)
-    equalization.equalize_swish(graph, statistics, candidates if names == "all" else list(names))
+    equalization.equalize_swish(graph, statistics, candidates, least)
 
 
 def _set_ranges(

@@ -5,15 +5,12 @@ correlated, so the error of one weight can be made up for by the next ones. Colu
 weight is rounded, and what its error does to the output is taken back, as well as possible, by the
 weights that are not rounded yet (the method of Optimal Brain Surgeon). What that needs is
 the covariance of the layer's inputs, as the integers hold them, on unlabelled photographs.
-The bias takes up the mean of what remains, also of the rounding of the inputs.
 
 Sources: Frantar et al., 2022, Optimal Brain Compression, section 5
 (https://arxiv.org/abs/2208.11580); Frantar et al., 2023, GPTQ, section 3
-(https://arxiv.org/abs/2210.17323). Bias: Nagel et al., 2019, Data-Free Quantization, section 4.2
-(https://arxiv.org/abs/1906.04721).
+(https://arxiv.org/abs/2210.17323).
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 import keras
@@ -33,26 +30,12 @@ DAMPING = 0.01
 PLACES_PER_IMAGE = 1024
 
 
-@dataclasses.dataclass
-class InputStatistics:
-    """First and second moments of what a kernel reads.
-
-    A kernel reads patches: vectors of all values that meet the weights of one output channel. A
-    depthwise kernel has its own patches for each channel, the others one set for all.
-
-    Attributes:
-        covariance: Of the rounded patches, shape (sets, size, size).
-        mean: Of the rounded patches, shape (sets, size).
-        exact_mean: Of the float patches, shape (sets, size).
-    """
-
-    covariance: np.ndarray
-    mean: np.ndarray
-    exact_mean: np.ndarray
-
-
 class _Moments(keras.layers.Layer):
-    """Sums of the products and values of the patches that a kernel reads, float and rounded."""
+    """Sums of the products and the mean of the rounded patches that a kernel reads.
+
+    Patches are vectors of all values that meet the weights of one output channel. A depthwise
+    kernel has its own patches for each channel, the others one set for all.
+    """
 
     def __init__(self, node: Node, params, shape, name):
         super().__init__(name=name)
@@ -74,17 +57,14 @@ class _Moments(keras.layers.Layer):
         self.places = len(self.chosen)
 
     def call(self, inputs):
-        exact = self._patches(inputs)
         rounded = self._patches(
             keras.quantizers.fake_quant_with_min_max_vars(inputs, self.params.min, self.params.max)
         )
-        products = ops.matmul(ops.transpose(rounded, (0, 2, 1)), rounded)
+        # About the mean of the batch: float32 loses a variance that is small beside the mean.
+        mean = ops.mean(rounded, axis=1, keepdims=True)
+        products = ops.matmul(ops.transpose(rounded - mean, (0, 2, 1)), rounded - mean)
         # The leading 1 lets `predict_on_batch` return sums, which have no batch.
-        return [
-            ops.expand_dims(products, 0),
-            ops.expand_dims(ops.sum(rounded, axis=1), 0),
-            ops.expand_dims(ops.sum(exact, axis=1), 0),
-        ]
+        return [ops.expand_dims(products, 0), ops.expand_dims(mean[:, 0], 0)]
 
     def _patches(self, inputs):
         """Returns patches of the shape (sets, images * places, size)."""
@@ -125,14 +105,13 @@ class _Moments(keras.layers.Layer):
         return [
             keras.KerasTensor((1, self.sets, self.size, self.size)),
             keras.KerasTensor((1, self.sets, self.size)),
-            keras.KerasTensor((1, self.sets, self.size)),
         ]
 
 
-def collect_inputs(
+def collect_covariances(
     graph: Graph, batches: Iterable[np.ndarray], total: int | None, verbose: bool
-) -> dict[str, InputStatistics]:
-    """Runs a graph in float over calibration images and collects what its kernels read.
+) -> dict[str, np.ndarray]:
+    """Runs a graph in float over calibration images and collects how the inputs of kernels vary.
 
     Args:
         graph: The folded graph with the `params` of its tensors.
@@ -141,7 +120,7 @@ def collect_inputs(
         verbose: Whether to show progress.
 
     Returns:
-        Statistics by the name of the node.
+        Covariances of the rounded patches by the name of the node, shape (sets, size, size).
     """
     nodes = [node for node in graph.kernel_nodes() if _is_covered(node)]
     sources = sorted({node.inputs[0] for node in nodes})
@@ -161,8 +140,13 @@ def collect_inputs(
     progress = keras.utils.Progbar(total, verbose=1 if verbose else 0, unit_name="batch")
     for batch in batches:
         images += len(batch)
-        for index, parts in enumerate(observer.predict_on_batch(batch)):
-            parts = [np.asarray(part[0], np.float64) for part in parts]
+        results = observer.predict_on_batch(batch)
+        # Keras takes the one list off when there is one layer alone.
+        results = results if len(nodes) > 1 else [results]
+        for index, parts in enumerate(results):
+            products, mean = (np.asarray(part[0], np.float64) for part in parts)
+            count = len(batch) * layers[index].places
+            parts = [products + count * mean[:, :, None] * mean[:, None, :], count * mean]
             if sums[index] is None:
                 sums[index] = parts
             else:
@@ -170,11 +154,10 @@ def collect_inputs(
                     total_part += part
         progress.add(1)
     found = {}
-    for node, layer, (products, rounded, exact) in zip(nodes, layers, sums, strict=True):
-        count = images * layer.places
-        mean = rounded / count
-        covariance = products / count - mean[:, :, None] * mean[:, None, :]
-        found[node.name] = InputStatistics(covariance, mean, exact / count)
+    for node, layer, (products, rounded) in zip(nodes, layers, sums, strict=True):
+        mean = rounded / (images * layer.places)
+        covariance = products / (images * layer.places)
+        found[node.name] = covariance - mean[:, :, None] * mean[:, None, :]
     return found
 
 
@@ -214,17 +197,17 @@ def round_kernel(
     return np.take_along_axis(integers, back[:, None, :], axis=2)
 
 
-def round_kernels(graph: Graph, inputs: dict[str, InputStatistics]) -> None:
+def round_kernels(graph: Graph, covariances: dict[str, np.ndarray]) -> None:
     """Replaces the kernels of a graph, in place, by the real values of integers that fit them.
 
     Args:
         graph: The folded graph with "limits" on its kernels.
-        inputs: Statistics from `collect_inputs`.
+        covariances: From `collect_covariances`.
     """
-    for name, statistics in inputs.items():
+    for name, covariance in covariances.items():
         node = graph[name]
         rows, scales = _rows(node), _steps(node)
-        integers = round_kernel(rows, scales, statistics.covariance)
+        integers = round_kernel(rows, scales, covariance)
         _replace(node, integers * scales[:, :, None])
 
 
@@ -253,29 +236,3 @@ def _replace(node: Node, rows: np.ndarray) -> None:
     """Sets the kernel of a node from rows."""
     columns = rows[:, 0, :].T if node.op == "depthwise" else rows[0].T
     node.weights["kernel"] = columns.reshape(node.weights["kernel"].shape).astype(np.float32)
-
-
-def output_means(node: Node, means: np.ndarray) -> np.ndarray:
-    """Returns the mean of each output channel, without the bias, for a mean patch."""
-    return np.einsum("sri,si->sr", _rows(node), means).reshape(-1)
-
-
-def correct_biases(
-    graph: Graph, inputs: dict[str, InputStatistics], kernels: dict[str, np.ndarray]
-) -> None:
-    """Moves biases so that rounding leaves the mean of each output channel as it is, in place.
-
-    Args:
-        graph: The folded graph, its kernels rounded or not.
-        inputs: Statistics from `collect_inputs`.
-        kernels: The float kernels by the name of the node.
-    """
-    for name, statistics in inputs.items():
-        node = graph[name]
-        exact = dataclasses.replace(node, weights={**node.weights, "kernel": kernels[name]})
-        shift = output_means(exact, statistics.exact_mean)
-        rounded = np.clip(np.round(_rows(node) / _steps(node)[:, :, None]), -KERNEL_MAX, KERNEL_MAX)
-        integers = dataclasses.replace(node, weights=dict(node.weights))
-        _replace(integers, rounded * _steps(node)[:, :, None])
-        shift = shift - output_means(integers, statistics.mean)
-        node.weights["bias"] = (node.weights["bias"] + shift).astype(np.float32)

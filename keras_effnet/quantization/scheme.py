@@ -49,10 +49,10 @@ OUTPUT_RULES = {
 def owners(graph: Graph, name: str) -> list[str]:
     """Returns the nodes whose ranges are the range of the tensor `name`.
 
-    That is the node itself, unless it only passes its inputs on.
+    That is the node itself, unless it only passes its inputs on, as integers.
     """
     node = graph[name]
-    if OUTPUT_RULES[node.op] != SAME:
+    if OUTPUT_RULES[node.op] != SAME or node.is_float:
         return [name]
     found = []
     for source in node.inputs:
@@ -68,7 +68,11 @@ def shared_ranges(graph: Graph) -> list[list[str]]:
     Raises:
         ValueError: If a concatenation joins tensors with fixed ranges and others.
     """
-    group = {node.name: [node.name] for node in graph if OUTPUT_RULES[node.op] != SAME}
+    group = {
+        node.name: [node.name]
+        for node in graph
+        if OUTPUT_RULES[node.op] != SAME or node.is_float
+    }
     for node in graph:
         if node.op != "concat" or node.is_float:
             continue
@@ -89,7 +93,7 @@ def shared_ranges(graph: Graph) -> list[list[str]]:
 
 def needs_range(graph: Graph, node: Node) -> bool:
     """Whether the output of a node passes through a `FakeQuant` layer."""
-    if OUTPUT_RULES[node.op] == SAME:
+    if OUTPUT_RULES[node.op] == SAME and not node.is_float:
         return False
     if not node.is_float or node.name in graph.outputs:
         return True

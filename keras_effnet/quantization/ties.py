@@ -21,7 +21,7 @@ import numpy as np
 from .graph import Graph, Node
 from .lowering import integer_factors, tensor_params
 from .params import INT8_MIN, KERNEL_MAX, UNIT_INTERVAL, QuantParams, kernel_scales
-from .scheme import OUTPUT_RULES, OWN, SUM_STEPS
+from .scheme import OUTPUT_RULES, OWN, SAME, SUM_STEPS
 
 # Larger ratios leave less room than float32 sums need; a kernel channel is then far finer than
 # the output's step, so that coarser steps cost nothing.
@@ -143,7 +143,7 @@ def _movable(graph: Graph, name: str, reader: Node, fixed: set[str]) -> list[Nod
     Those are a layer with a kernel that only `reader` reads, or such a layer with its swish.
     """
     node = graph[name]
-    while OUTPUT_RULES[node.op] != OWN:  # Dropout.
+    while OUTPUT_RULES[node.op] == SAME and not node.is_float:  # Dropout.
         if len(node.inputs) != 1 or graph.only_consumer(node.name) is None:
             return None
         node = graph[node.inputs[0]]
@@ -151,7 +151,7 @@ def _movable(graph: Graph, name: str, reader: Node, fixed: set[str]) -> list[Nod
         return None
     if node.op in ("conv", "depthwise", "dense"):
         return [node]
-    if node.op != "mul":
+    if node.op != "mul" or node.is_float:
         return None
     gates = [graph[source] for source in node.inputs if graph[source].op == "sigmoid"]
     if len(gates) != 1 or graph.only_consumer(gates[0].name) is not node:

@@ -1,0 +1,154 @@
+"""Range methods on statistics made by hand."""
+
+import numpy as np
+import pytest
+
+from keras_effnet.quantization.calibration import TensorStatistics
+from keras_effnet.quantization.params import QuantParams
+from keras_effnet.quantization.ranges import METHODS, Consumer, find_range
+
+
+def statistics(rows, batches=1):
+    """The statistics of rows (places, channels) that were all seen, in equal batches."""
+    rows = np.asarray(rows, np.float32)
+    parts = np.split(rows, batches)
+    return TensorStatistics(
+        rows.min(axis=0),
+        rows.max(axis=0),
+        rows.mean(axis=0, dtype=np.float64),
+        [float(part.min()) for part in parts],
+        [float(part.max()) for part in parts],
+        rows,
+        np.ones(len(rows), np.float32),
+        np.arange(len(rows)),
+    )
+
+
+def consumer(function="identity", importance=(1.0,), slope=None):
+    importance = np.array(importance)
+    return Consumer(function, importance, np.ones_like(importance) if slope is None else slope)
+
+
+def found(rows, method, reader=None, batches=1):
+    return find_range([statistics(rows, batches)], method, [reader or consumer()])
+
+
+def long_tailed(count=20000, seed=0):
+    """Values around 0, and one in a thousand of about 60."""
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(count, 1))
+    values[::1000] = 60 + rng.normal(size=values[::1000].shape)
+    return values
+
+
+def sigmoid(values):
+    return 1 / (1 + np.exp(-values))
+
+
+def swish(values):
+    return values * sigmoid(values)
+
+
+def squared_error(rows, params, function):
+    rows = np.asarray(rows, np.float64)
+    steps = np.clip(np.round(rows / params.scale) + params.zero_point, -128, 127)
+    return np.mean((function((steps - params.zero_point) * params.scale) - function(rows)) ** 2)
+
+
+def test_min_max_by_hand():
+    # 255 steps from -1 to 4.1 are 0.02 each; zero is step 50.
+    params = found([[-1.0], [0.5], [4.1]], "min_max")
+    assert params.scale == pytest.approx(0.02)
+    assert params.zero_point == -78
+
+
+def test_moving_average_by_hand():
+    # Highest of the batches: 1, then 0.9 * 1 + 0.1 * 11 = 2; lowest 0 in both.
+    params = found([[0.0], [1.0], [0.0], [11.0]], "moving_average", batches=2)
+    assert params.max == pytest.approx(2.0, rel=1e-6)
+    assert params.zero_point == -128
+
+
+def test_percentile_by_hand():
+    # 0.01 % of 30,000 values are 3: the three of 1000 are left out, as far as 255 steps show it.
+    values = np.linspace(0, 1, 30000)[:, None]
+    values[-3:] = 1000
+    assert found(values, "percentile").max == pytest.approx(1.0, rel=1e-3)
+    values[-6:] = 1000
+    assert found(values, "percentile").max == pytest.approx(1000, rel=1e-3)
+
+
+def test_percentile_counts_what_a_row_stands_for():
+    part = statistics(np.array([[1.0], [5.0]]))
+    part.weights = np.array([1e6, 1.0], np.float32)
+    assert find_range([part], "percentile", [consumer()]).max == pytest.approx(1.0)
+    part.weights = np.array([1.0, 1.0], np.float32)
+    assert find_range([part], "percentile", [consumer()]).max == pytest.approx(5.0)
+
+
+def test_mse_clips_a_far_tail_and_no_uniform_values():
+    values = np.random.default_rng(0).normal(size=(200_000, 1))
+    values[0] = 40.0  # One in 200,000: its squared error is less than that of coarse steps.
+    clipped = found(values, "mse")
+    assert 4 < clipped.max < 30
+    assert squared_error(values, clipped, np.array) < squared_error(
+        values, found(values, "min_max"), np.array
+    )
+    # Values that fill their range are not clipped by more than a step or two.
+    uniform = np.linspace(-1, 3, 5001)[:, None]
+    assert found(uniform, "mse").max == pytest.approx(3, abs=2 * 4 / 255)
+
+
+def test_entropy_clips_a_far_tail_and_no_uniform_values():
+    values = np.random.default_rng(0).normal(size=(50_000, 1))
+    values[0] = 40.0
+    assert 2 < found(values, "entropy").max < 25
+    uniform = np.linspace(-1, 3, 50_001)[:, None]
+    assert found(uniform, "entropy").max > 2.9
+
+
+@pytest.mark.parametrize("function, apply", [("sigmoid", sigmoid), ("swish", swish)])
+def test_consumer_search_looks_behind_the_reader(function, apply):
+    values = long_tailed()
+    if function == "swish":
+        values = -values  # A swish is flat below, a sigmoid on both sides.
+    searched = found(values, "consumer", consumer(function))
+    plain = found(values, "min_max")
+    # 60 of min_max's range hold one value in a thousand. Behind a sigmoid it is 1 from 10 on.
+    assert squared_error(values, searched, apply) < 0.1 * squared_error(values, plain, apply)
+    assert searched.scale < 0.5 * plain.scale
+    # The reader decides: behind the identity the tail is worth its range.
+    alone = found(values, "consumer", consumer("identity"))
+    assert alone.scale > 0.9 * plain.scale
+
+
+def test_consumer_search_weighs_the_channels():
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(5000, 2)) * [1.0, 100.0]
+    even = found(rows, "consumer", consumer(importance=[1.0, 1.0]))
+    # What nobody reads of the second channel may be clipped.
+    first = found(rows, "consumer", consumer(importance=[1.0, 1e-9]))
+    assert first.max < 0.1 * even.max
+    assert first.max == pytest.approx(found(rows[:, :1], "min_max").max, rel=0.3)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_range_holds_all_tensors_that_share_it(method):
+    small = np.linspace(-1, 1, 2001)[:, None]
+    large = np.linspace(-2, 8, 2001)[:, None]
+    params = find_range([statistics(small), statistics(large)], method, [consumer()] * 2)
+    assert params.max == pytest.approx(8, rel=0.05)
+    assert params.min == pytest.approx(-2, rel=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [0.0, 3.0, -3.0])
+def test_constant_tensors_are_represented_exactly(method, value):
+    params = found(np.full((64, 2), value), method, consumer(importance=[1.0, 1.0]))
+    assert squared_error(np.full(1, value), params, np.array) < 1e-10
+
+
+def test_unknown_methods_are_named():
+    with pytest.raises(ValueError, match="Unknown range method.*'magic'"):
+        found([[1.0]], "magic")
+    assert isinstance(found([[1.0]], "min_max"), QuantParams)
