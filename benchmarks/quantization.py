@@ -15,10 +15,10 @@ rounds. ai-edge-quantizer lives in an environment of its own, whose interpreter 
 it, its rows say so.
 
 Rows take minutes: `--resume FILE` keeps the finished ones in a JSON, and what they wrote in a
-folder beside it, so that an interrupted run goes on. `--cases` and `--rows` choose some, with
-wildcards; the table is then printed and nothing is written. Otherwise writes
-`benchmarks/results/quantization.json`, `.md` and `.png`. Needs the photographs and weights of
-../shared beside the repository.
+folder beside it, so that an interrupted run goes on; delete both when the code that made them has
+changed. `--cases` and `--rows` choose some, with wildcards; the table is then printed and nothing
+is written. Otherwise writes `benchmarks/results/quantization.json`, `.md` and `.png`. Needs the
+photographs and weights of ../shared beside the repository.
 """
 
 from __future__ import annotations
@@ -246,7 +246,6 @@ def _prepare(folder: Path, case: str) -> dict[str, Any]:
     np.save(folder / "images.npy", images)
     np.save(folder / "labels.npy", evaluation.labels)
     np.save(folder / "outputs.npy", outputs)
-    model.save_weights(folder / "float.weights.h5")
     to_tflite(model, folder / "float.tflite", overwrite=True)
     to_onnx(model, folder / "float.onnx", overwrite=True)
     return {

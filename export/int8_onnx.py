@@ -293,9 +293,10 @@ class _Writer:
 
     def _node(self, node: Node) -> None:
         if node.op == "dropout":  # The identity outside training.
-            for known in (self.integers, self.floats):
-                if node.inputs[0] in known:
-                    known[node.name] = known[node.inputs[0]]
+            if node.is_float:
+                self.floats[node.name] = self.read_real(node.inputs[0], True)
+            else:
+                self.integers[node.name] = self.read(node.inputs[0])
             return
         if node.op in _ON_INTEGERS:
             self._move(node)

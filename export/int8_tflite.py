@@ -186,9 +186,8 @@ class _Writer:
 
     def _node(self, node: Node) -> None:
         if node.op == "dropout":  # The identity outside training.
-            for known in (self.integers, self.floats):
-                if node.inputs[0] in known:
-                    known[node.name] = known[node.inputs[0]]
+            known = self.floats if node.is_float else self.integers
+            known[node.name] = self._read(node.inputs[0], node.is_float)
             return
         if node.op not in _EMITTERS:
             raise TypeError(

@@ -2,20 +2,32 @@
 
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import keras
+import numpy as np
 import pytest
+from PIL import Image
 
 from keras_effnet import EfficientNetTiny
 from keras_effnet.cli import family, main
+from keras_effnet.export import read_tflite
 from keras_effnet.specs import SPECS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 # A word of each Python snippet, by which the tests below find it.
-SNIPPETS = ("panda.jpg", "replace_head", "features_only", "to_tflite", "largest_model")
+SNIPPETS = (
+    "panda.jpg",
+    "replace_head",
+    "features_only",
+    "model.tflite",
+    "quantize_model",
+    "photo.jpg",
+    "largest_model",
+)
 
 
 def blocks(language: str) -> list[str]:
@@ -68,8 +80,48 @@ def test_scaling(capsys):
 def test_export(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model = EfficientNetTiny(weights=None, classes=10)
-    execute(snippet("to_tflite"), model=model)
+    execute(snippet("model.tflite"), model=model)
     assert (tmp_path / "model.tflite").stat().st_size > 2 * model.count_params()
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A small model, and images in the folder and the file that the snippets read."""
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    Path("flowers").mkdir()
+    for index in range(4):
+        pixels = random.integers(0, 256, (40, 48, 3)).astype("uint8")
+        Image.fromarray(pixels).save(f"flowers/{index}.jpg")
+    shutil.copy("flowers/0.jpg", "photo.jpg")
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.Conv2D(4, 3, activation="relu", name="conv")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    return keras.Model(inputs, keras.layers.Dense(3, "softmax", name="dense")(x))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
+def test_int8(small):
+    execute(snippet("quantize_model"), model=small)
+    assert Path("flowers_int8.keras").exists()
+    assert read_tflite("flowers_int8.tflite").inner_floats == ()
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
+def test_onnx_runs_without_this_package(small, capsys):
+    pytest.importorskip("onnxruntime")
+    small.save("small.keras")
+    Path("labels.txt").write_text("rose\ntulip\ndaisy\n")
+    command = "export-onnx --keras-model small.keras --quantization int8 --labels labels.txt"
+    command += " --calibration-data flowers --output flowers.onnx"
+    assert main(command.split()) == 0
+    capsys.readouterr()
+    execute(snippet("photo.jpg"))
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert sorted(name for name, _ in lines) == ["daisy", "rose", "tulip"]
+    # Probabilities in steps of 1/256.
+    assert sum(float(score) for _, score in lines) == pytest.approx(1, abs=3 / 256)
 
 
 def test_commands_are_one_line_each_and_name_what_exists(capsys):

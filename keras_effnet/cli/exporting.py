@@ -34,7 +34,7 @@ _CALIBRATION_IMAGES_COMPARED = 32
 _RANDOM_IMAGES_COMPARED = 4
 _IMAGENET_CLASSES = 1000
 # Arguments of this package's quantizer.
-_OF_CORE = ("calibration_method", "corrections", "keep_float")
+_OF_CORE = ("calibration_method", "corrections", "keep_float", "ranges", "save_ranges")
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,15 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         metavar="LAYERS",
         type=_names,
         help="names of layers to leave in float, separated by commas",
+    )
+    group.add_argument(
+        "--ranges",
+        metavar="FILE.json",
+        help="use the ranges of a file that --save-ranges wrote; with --corrections none no "
+        "--calibration-data are needed then",
+    )
+    group.add_argument(
+        "--save-ranges", metavar="FILE.json", help="write the ranges, to be used again"
     )
     return group
 
@@ -205,6 +214,7 @@ def run(args: argparse.Namespace, form: Format) -> None:
     with common.stage("start", "Starting TensorFlow …", seconds):
         common.start_tensorflow()
     config = _config(args)
+    ranges = _ranges(args)
     labels = _read_labels(args)
     with common.stage("model", f"Building {args.model or args.keras_model} …", seconds):
         source = _open_model(args, labels)
@@ -213,14 +223,17 @@ def run(args: argparse.Namespace, form: Format) -> None:
         evaluation = _open(args.evaluation_data, args.evaluation_samples, args, source, labels)
 
     from keras_effnet.export import ExportReport, write_report
-    from keras_effnet.quantization import quantize_model
+    from keras_effnet.quantization import quantize_model, save_calibration
 
     batches = None if calibration is None else Calibration(calibration, args.batch_size)
     model = source.model
-    if batches is not None and config is not None:
+    if config is not None and (batches is not None or ranges is not None):
         with common.stage("quantization", "Quantizing …", seconds):
-            model = quantize_model(model, batches, config, verbose=False)
+            given = {} if ranges is None else {"ranges": ranges}
+            model = quantize_model(model, batches, config, verbose=False, **given)
         batches = None
+        if args.save_ranges is not None:
+            save_calibration(model, args.save_ranges)
     with common.stage("conversion", f"Converting to {args.quantization} …", seconds):
         export = form.write(args, source, model, batches)
     with common.stage("verification", f"Verifying {args.output} in {form.runtime} …", seconds):
@@ -286,6 +299,7 @@ def _check(args: argparse.Namespace, form: Format) -> None:
         _check_exists("--labels", args.labels)
     common.checked(form.check, args)
     _check_quantizer(args)
+    _check_ranges(args)
     if args.calibration_data is not None and args.quantization != "int8":
         raise UsageError(
             "--calibration-data is used by --quantization int8 alone. "
@@ -314,6 +328,20 @@ def _check_quantizer(args: argparse.Namespace) -> None:
             raise UsageError(f"{flag} belongs to --quantizer core. Received: --quantizer converter")
 
 
+def _check_ranges(args: argparse.Namespace) -> None:
+    from keras_effnet.export.files import check_target
+
+    if args.ranges is not None:
+        _check_exists("--ranges", args.ranges)
+    if args.save_ranges is None:
+        return
+    for name in ("output", "report"):
+        other = getattr(args, name)
+        if other is not None and Path(other).resolve() == Path(args.save_ranges).resolve():
+            raise UsageError(f"--save-ranges and {_flag(name)} are the same file.")
+    common.checked(check_target, args.save_ranges, overwrite=args.overwrite)
+
+
 def _is_left_to_converter(args: argparse.Namespace) -> bool:
     # Of some formats there is no converter that quantizes.
     return getattr(args, "quantizer", None) == "converter"
@@ -324,7 +352,8 @@ def _flag(name: str) -> str:
 
 
 def _check_calibration(args: argparse.Namespace, quantized: bool) -> None:
-    needed = args.quantization == "int8" and not quantized
+    known = args.ranges is not None and args.corrections == ()
+    needed = args.quantization == "int8" and not quantized and not known
     if needed and args.calibration_data is None:
         raise UsageError(
             "--quantization int8 needs --calibration-data: typical images, from which the ranges "
@@ -360,15 +389,22 @@ def _config(args: argparse.Namespace) -> QuantizationConfig | None:
     return common.checked(QuantizationConfig, **given)
 
 
+def _ranges(args: argparse.Namespace) -> dict[str, Any] | None:
+    """The ranges to use, or None if they are to be found."""
+    from keras_effnet.quantization import load_calibration
+
+    return None if args.ranges is None else common.checked(load_calibration, args.ranges)
+
+
 def _quantizer(
     args: argparse.Namespace, config: QuantizationConfig | None, calibration: ImageDataset | None
 ) -> dict[str, Any] | None:
     """What the report says of how a float model was quantized."""
-    if calibration is None:
+    if calibration is None and args.ranges is None:
         return None
     if config is None:
         return {"name": "converter"}
-    return {"name": "core", **dataclasses.asdict(config)}
+    return {"name": "core", **dataclasses.asdict(config), "ranges": args.ranges}
 
 
 # Model

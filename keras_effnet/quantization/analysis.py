@@ -6,12 +6,9 @@ predicts. The quantized kernels and ranges are switched on in it, all at once or
 """
 
 import dataclasses
-import json
 import math
 import os
-import uuid
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -21,17 +18,19 @@ from .build import RANGE_SUFFIX, build_model
 from .calibration import calibration_batches
 from .equalization import linear_chains
 from .fake_quant import FakeQuant
+from .files import write_json
 from .folding import fold
 from .graph import KERNEL_OPS, Graph, Node, read_model
 from .lowering import dequantized_kernel, integer_kernel, read_quantized
-from .params import KERNEL_MAX, kernel_scales
+from .params import KERNEL_MAX, UNIT_INTERVAL, kernel_scales
 from .quantize import QuantizationConfig, quantize_model
 
 LEVELS = 256
 # Images in a batch, when the data are one array: two models' tensors are held at once.
 BATCH_SIZE = 8
-# Probabilities below this are as good as 0, in the Kullback-Leibler divergence.
-SMALLEST_PROBABILITY = 1e-9
+# An 8-bit output of 0 stands for probabilities up to half a step. Smaller ones count as that in the
+# divergence, which would be infinite otherwise.
+SMALLEST_PROBABILITY = UNIT_INTERVAL.scale / 2
 # SQNR of a tensor that quantization does not change, in the table and the plot.
 EXACT = math.inf
 
@@ -210,7 +209,7 @@ class Analysis:
         left.set_yticks(range(len(layers)), layers, fontsize=7)
         left.set_ylim(len(layers) - 0.4, -0.6)
         left.set_xlabel("signal to quantization noise, dB (less is worse)")
-        left.legend(loc="upper right", frameon=False, fontsize=8)
+        left.legend(loc="lower right", fontsize=8)
         right.barh(
             [places[loss.layer] for loss in self.losses],
             [loss.badness for loss in self.losses],
@@ -218,7 +217,7 @@ class Analysis:
             color=_LOSS_COLOUR,
         )
         unit = "relative output noise" if self.total.divergence is None else "divergence, nats"
-        right.set_xlabel(f"loss of the layer alone: {unit} (more is worse)")
+        right.set_xlabel(f"loss of the layer alone: {unit}")
         for axes in (left, right):
             axes.grid(color="#dddddd", linewidth=0.7)
             axes.set_axisbelow(True)
@@ -271,9 +270,8 @@ def analyze(
         )
     batches, total = calibration_batches(data, pixels_graph, BATCH_SIZE, minimum=1)
     ranged = [node.name for node in graph if node.params is not None]
-    single, whole = _Switched(exact, graph, ranged), _Switched(exact, graph, ranged)
-    whole.switch_on(groups.values())
-    observer = _Observer(single, whole, graph, ranged)
+    single = _Switched(exact, graph, ranged) if chosen else None
+    observer = _Observer(exact, graph, ranged)
     statistics = {name: _Sums() for name in ranged}
     meters = {layer: _Meter(graph) for layer in chosen}
     meter = _Meter(graph)
@@ -288,9 +286,7 @@ def analyze(
         meter.update(expected, rounded)
         progress.add(1)
         for layer in chosen:
-            single.switch_on([groups[layer]])
-            meters[layer].update(expected, single.predict(batch))
-            single.switch_off([groups[layer]])
+            meters[layer].update(expected, single.predict(batch, groups[layer]))
             progress.add(1)
     rows = []
     for node in graph:
@@ -343,7 +339,8 @@ def fewest_float_layers(
         raise ValueError(f"`agreement` must be a share in (0, 1]. Received: {agreement}")
     if most is not None and most < 0:
         raise ValueError(f"`most` must be at least 0. Received: {most}")
-    for name, data in (("calibration_data", calibration_data), ("evaluation_data", evaluation_data)):
+    given = {"calibration_data": calibration_data, "evaluation_data": evaluation_data}
+    for name, data in given.items():
         if hasattr(data, "__next__"):
             raise TypeError(
                 f"`{name}` are read several times: give an array, a list of batches or a "
@@ -398,18 +395,6 @@ def fewest_float_layers(
     return (*config.keep_float, *ranked[:enough])
 
 
-def write_json(path: str | os.PathLike, data: dict) -> None:
-    """Writes a dictionary as a JSON file, under a temporary name and then renamed."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    text = json.dumps(data, indent=2, allow_nan=False) + "\n"
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def _loss_cells(loss: LayerLoss | None) -> tuple[str, str, str]:
     if loss is None:
         return "", "", ""
@@ -445,9 +430,7 @@ def _float_twin(model: keras.Model, graph: Graph) -> tuple[Graph, Graph]:
 def _kept_float(model: keras.Model, graph: Graph) -> tuple[str, ...]:
     unfolded = read_model(model)
     kept = {
-        node.layer
-        for node in unfolded
-        if node.name in graph.nodes and graph[node.name].is_float
+        node.layer for node in unfolded if node.name in graph.nodes and graph[node.name].is_float
     }
     return tuple(sorted(kept))
 
@@ -473,7 +456,7 @@ def _divide_channels(exact: Graph, graph: Graph) -> None:
     factors = {}
     first = {}
     for chain in linear_chains(exact):
-        maker = next(name for name in exact.nodes if name in chain and "kernel" in graph[name].weights)
+        maker = next(node.name for node in graph.kernel_nodes() if node.name in chain)
         first.update(dict.fromkeys(chain, maker))
     for node in exact:
         ones = np.ones(node.shape[-1])
@@ -586,47 +569,43 @@ class _Switched:
                 self.exact[node.name] = weights["kernel"], weights["bias"]
                 self.rounded[node.name] = dequantized_kernel(node), node.weights["bias"]
 
-    def switch_on(self, groups: Iterable[_Group]) -> None:
-        self._switch(groups, 1.0, self.rounded)
-
-    def switch_off(self, groups: Iterable[_Group]) -> None:
-        self._switch(groups, 0.0, self.exact)
-
-    def _switch(self, groups, enabled, weights):
-        for group in groups:
-            for name in group.kernels:
-                layer = self.model.get_layer(name)
-                kernel, bias = weights[name]
-                layer.kernel.assign(kernel)
-                layer.bias.assign(bias)
-            for name in group.ranges:
-                self.switches[name].enabled.assign(enabled)
-
-    def predict(self, batch: np.ndarray) -> list[np.ndarray]:
-        """Returns the outputs as a list."""
+    def predict(self, batch: np.ndarray, group: _Group) -> list[np.ndarray]:
+        """Returns the outputs, as a list, with one group quantized."""
+        self._switch(group, 1.0, self.rounded)
         outputs = self.model.predict_on_batch(batch)
+        self._switch(group, 0.0, self.exact)
         return [outputs] if len(self.outputs) == 1 else list(outputs)
+
+    def _switch(self, group, enabled, weights):
+        for name in group.kernels:
+            layer = self.model.get_layer(name)
+            kernel, bias = weights[name]
+            layer.kernel.assign(kernel)
+            layer.bias.assign(bias)
+        for name in group.ranges:
+            self.switches[name].enabled.assign(enabled)
 
 
 class _Observer(keras.Model):
-    """Two models on the same images, and sums over each of their tensors."""
+    """The float and the quantized model on the same images, and sums over each tensor."""
 
-    def __init__(self, single: _Switched, whole: _Switched, graph: Graph, ranged: list[str]):
+    def __init__(self, exact: Graph, graph: Graph, ranged: list[str]):
         super().__init__(name="observer")
+        self.jit_compile = False  # It takes longer than the sums.
         self.ranged = ranged
         self.params = {name: graph[name].params for name in ranged}
-        self.jit_compile = False  # It takes longer than the sums.
-        self.single = self._observed(single)
-        self.whole = self._observed(whole)
-
-    def _observed(self, switched):
-        layers = [switched.switches[name] for name in self.ranged]
-        tensors = [layer.input for layer in layers], [layer.output for layer in layers]
-        return keras.Model(switched.model.input, [switched.model.outputs, *tensors])
+        model = build_model(exact, quantized=False, observed=(*exact.outputs, *ranged))
+        number = len(exact.outputs)
+        outputs = [model.outputs[:number], model.outputs[number:]]
+        self.exact = keras.Model(model.input, outputs)
+        model = build_model(graph, quantized=True)
+        layers = [model.get_layer(name + RANGE_SUFFIX) for name in ranged]
+        before, after = [layer.input for layer in layers], [layer.output for layer in layers]
+        self.rounded = keras.Model(model.input, [model.outputs, before, after])
 
     def call(self, images):
-        expected, exact, _ = self.single(images)
-        found, before, after = self.whole(images)
+        expected, exact = self.exact(images)
+        found, before, after = self.rounded(images)
         sums = [
             self._sums(self.params[name], *tensors)
             for name, *tensors in zip(self.ranged, exact, before, after, strict=True)
@@ -744,7 +723,6 @@ class _Meter:
             exact, other = expected[0], found[0]
             self.changed += int(np.sum(exact.argmax(axis=-1) != other.argmax(axis=-1)))
         if self.softmax:
-            # The 8-bit output may be 0, where a divergence would be infinite.
             p, q = (
                 np.maximum(part.astype(np.float64), SMALLEST_PROBABILITY) for part in (exact, other)
             )

@@ -188,7 +188,7 @@ def collect(
     model = build_model(graph, quantized=False, observed=tuple(names))
     observers = [_Observe(f"{name}_observe", graph[name].shape) for name in names]
     outputs = [layer(tensor) for layer, tensor in zip(observers, model.outputs, strict=True)]
-    observer = keras.Model(model.inputs, outputs)
+    observer = keras.Model(model.inputs[0], outputs)
     accumulators = {
         name: _Accumulator(layer.places, len(layer.chosen))
         for name, layer in zip(names, observers, strict=True)
@@ -237,12 +237,12 @@ def calibration_batches(
         starts = range(0, len(array), batch_size)
         source = (array[start : start + batch_size] for start in starts)
         return _checked(source, graph, minimum, pixels), len(starts)
-    if isinstance(data, (str, bytes, dict)) or not hasattr(data, "__iter__"):
-        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            raise TypeError(
-                "Calibration data must be an array of images or an iterable of batches (a list, "
-                f"a generator, a `tf.data.Dataset`). Received: {type(data).__name__}"
-            )
+    sequence = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if isinstance(data, (str, bytes, dict)) or not (hasattr(data, "__iter__") or sequence):
+        raise TypeError(
+            "Calibration data must be an array of images or an iterable of batches (a list, "
+            f"a generator, a `tf.data.Dataset`). Received: {type(data).__name__}"
+        )
     if hasattr(data, "num_batches"):  # keras.utils.PyDataset
         source = (data[index] for index in range(len(data)))
         return _checked(source, graph, minimum, pixels), len(data)

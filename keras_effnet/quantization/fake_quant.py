@@ -18,9 +18,11 @@ PACKAGE = "keras_effnet"
 
 
 def _fake_quant_kernel(kernel, limits, axis):
-    return keras.quantizers.fake_quant_with_min_max_vars(
-        kernel, -limits, limits, num_bits=8, narrow_range=True, axis=axis
+    # Apart from TensorFlow's, the backends of Keras quantize along the last axis alone.
+    rounded = keras.quantizers.fake_quant_with_min_max_vars(
+        ops.swapaxes(kernel, axis, -1), -limits, limits, num_bits=8, narrow_range=True, axis=-1
     )
+    return ops.swapaxes(rounded, axis, -1)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)

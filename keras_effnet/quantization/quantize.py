@@ -1,7 +1,7 @@
 """`quantize_model`: a float Keras model in, a quantized Keras model out."""
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import keras
 import numpy as np
@@ -16,11 +16,14 @@ from .importance import consumer_of
 from .lowering import is_quantized
 from .params import PIXELS, QuantParams, widen
 from .ranges import METHODS, find_range
+from .ranges_file import TensorRange, check_ranges
 from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .ties import remove_ties, round_biases
 
 CORRECTIONS = ("swish_equalization", "linear_equalization", "learned_rounding", "bias_correction")
+# Learned rounding takes longer than all the rest and gains little beside the others.
+DEFAULT_CORRECTIONS = ("swish_equalization", "linear_equalization", "bias_correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,7 @@ class QuantizationConfig:
               the swish that follows them, exactly, for one more multiplication (`equalization`);
             - "linear_equalization": the same between linear layers, for nothing;
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
-              (`rounding`); needs a second pass over the data;
+              (`rounding`); needs a second pass over the data, and is not done by default;
             - "bias_correction": biases take up the mean of the rounding errors (`bias`).
         equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; or a tuple
             of layer names.
@@ -51,7 +54,7 @@ class QuantizationConfig:
     """
 
     method: str = "consumer"
-    corrections: tuple[str, ...] = CORRECTIONS
+    corrections: tuple[str, ...] = DEFAULT_CORRECTIONS
     equalize: str | tuple[str, ...] = "auto"
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()
@@ -86,9 +89,10 @@ class QuantizationConfig:
 
 def quantize_model(
     model: keras.Model,
-    calibration_data: Iterable | np.ndarray,
+    calibration_data: Iterable | np.ndarray | None,
     config: QuantizationConfig | None = None,
     verbose: bool = True,
+    ranges: Mapping[str, TensorRange] | None = None,
 ) -> keras.Model:
     """Quantizes a model to 8-bit integers, without labels and without training.
 
@@ -97,9 +101,12 @@ def quantize_model(
             is not changed.
         calibration_data: Typical images as the model takes them, without labels: an array
             (images, height, width, channels), or an iterable of batches (of tuples whose first
-            element is the batch). 100 to 200 varied photographs are usual.
+            element is the batch). 100 to 200 varied photographs are usual. None is allowed where
+            nothing is measured: with `ranges` and without corrections.
         config: How to quantize; by default `QuantizationConfig()`.
         verbose: Whether to show the progress of calibration.
+        ranges: Ranges from `load_calibration`, used in place of a search for the tensors that they
+            name. They fit the configuration that they were found with.
 
     Returns:
         A new Functional model that predicts what the integer file will predict. Its layers carry
@@ -110,7 +117,8 @@ def quantize_model(
         TypeError: If the model is not Functional, a layer's type is not supported, or the data
             are neither an array nor an iterable.
         ValueError: If the model is quantized already, shares layers or has several inputs, or if
-            the calibration data are empty, constant, not finite, or of the wrong shape or scale.
+            the calibration data are empty, constant, not finite, or of the wrong shape or scale; if
+            they are None though something is to be measured; if `ranges` do not fit the model.
     """
     config = QuantizationConfig() if config is None else config
     if is_quantized(model):
@@ -120,13 +128,25 @@ def quantize_model(
         )
     graph = read_model(model, config.keep_float)
     pixels = expects_pixels(graph)
-    batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
+    if calibration_data is None:
+        if ranges is None or config.corrections:
+            raise ValueError(
+                "`calibration_data` are needed, apart from quantization with `ranges` and "
+                "`corrections=()`. Received: None, with "
+                f"{'no ranges' if ranges is None else 'ranges'} and the corrections "
+                f"{config.corrections}"
+            )
+        batches, total = (), 0
+    else:
+        batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
     learned = "learned_rounding" in config.corrections
     images = _Kept(batches) if learned else batches
     fold(graph)
-    statistics = collect(graph, images, total, verbose)
+    statistics = {} if calibration_data is None else collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
-    _set_ranges(graph, statistics, config, pixels)
+    if ranges is not None:
+        check_ranges(graph, ranges, complete=calibration_data is None)
+    _set_ranges(graph, statistics, config, pixels, ranges or {})
     _set_kernel_limits(graph, config)
     remove_ties(graph, shared_ranges(graph))
     kernels = {node.name: node.weights["kernel"] for node in graph.kernel_nodes()}
@@ -170,7 +190,11 @@ def _equalize(graph, statistics, config):
 
 
 def _set_ranges(
-    graph: Graph, statistics: dict[str, TensorStatistics], config: QuantizationConfig, pixels: bool
+    graph: Graph,
+    statistics: dict[str, TensorStatistics],
+    config: QuantizationConfig,
+    pixels: bool,
+    ranges: Mapping[str, TensorRange],
 ) -> None:
     for group in shared_ranges(graph):
         nodes = [graph[name] for name in group if needs_range(graph, graph[name])]
@@ -178,6 +202,8 @@ def _set_ranges(
             continue
         if OUTPUT_RULES[nodes[0].op] == FIXED:
             params = fixed_params(graph, nodes[0])
+        elif any(node.name in ranges for node in nodes):
+            params = next(ranges[node.name].params for node in nodes if node.name in ranges)
         elif nodes[0].op == "input":
             params = _input_params(statistics[nodes[0].name], pixels)
         else:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import keras
 
-from .analysis import write_json
+from .files import write_json
 from .graph import Graph
 from .lowering import read_quantized
 from .params import QuantParams
@@ -85,19 +85,24 @@ def load_calibration(path: str | os.PathLike) -> dict[str, TensorRange]:
             f"{str(path)!r} must hold a {FORMAT!r} of version {VERSION}. Write it with "
             f"`save_calibration`. Received: {received}"
         )
-    found = {}
-    try:
-        for name, entry in data["tensors"].items():
-            params = QuantParams(float(entry["scale"]), int(entry["zero_point"]))
-            found[name] = TensorRange(params, int(entry["channels"]))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    tensors = data.get("tensors")
+    if not isinstance(tensors, dict):
         raise ValueError(
-            f"{str(path)!r} holds no usable range {name!r}: it needs a positive `scale`, a "
-            f"`zero_point` in -128..127 and `channels`. Received: {error}"
-            if "entry" in locals()
-            else f"{str(path)!r} holds no `tensors`. Write it with `save_calibration`."
+            f"{str(path)!r} must hold `tensors` by name. Write it with `save_calibration`. "
+            f"Received: {type(tensors).__name__}"
+        )
+    return {name: _read_entry(str(path), name, entry) for name, entry in tensors.items()}
+
+
+def _read_entry(path: str, name: str, entry: dict) -> TensorRange:
+    try:
+        params = QuantParams(float(entry["scale"]), int(entry["zero_point"]))
+        return TensorRange(params, int(entry["channels"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path!r} holds no usable range of {name!r}, which needs a positive `scale`, a "
+            f"`zero_point` in -128..127 and `channels`. Received: {entry!r} ({error!r})"
         ) from error
-    return found
 
 
 def check_ranges(graph: Graph, ranges: Mapping[str, TensorRange], complete: bool) -> None:
@@ -146,5 +151,3 @@ def check_ranges(graph: Graph, ranges: Mapping[str, TensorRange], complete: bool
 def _few(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
     return ", ".join(map(repr, names[:5])) + more
-
-

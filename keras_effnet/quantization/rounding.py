@@ -27,7 +27,7 @@ from .params import KERNEL_MAX, kernel_scales
 # show keep their weights.
 DAMPING = 0.01
 # Places of one image whose inputs are looked at, at most.
-PLACES_PER_IMAGE = 1024
+PLACES_PER_IMAGE = 256
 
 
 class _Moments(keras.layers.Layer):
@@ -134,7 +134,7 @@ def collect_covariances(
         )
         layers.append(layer)
         outputs.append(layer(tensors[source]))
-    observer = keras.Model(model.inputs, outputs)
+    observer = keras.Model(model.inputs[0], outputs)
     sums: list = [None] * len(nodes)
     images = 0
     progress = keras.utils.Progbar(total, verbose=1 if verbose else 0, unit_name="batch")
@@ -183,9 +183,10 @@ def round_kernel(
     damped = covariance[index[:, :, None], order[:, :, None], order[:, None, :]].astype(np.float64)
     extra = np.maximum(damping * variance.mean(axis=1), 1e-12)
     damped[:, np.arange(size), np.arange(size)] += extra[:, None]
-    # The upper Cholesky factor of the inverse holds, in row i, how the columns behind i answer.
-    inverse = np.linalg.inv(damped)
-    upper = np.linalg.cholesky((inverse + inverse.transpose(0, 2, 1)) / 2).transpose(0, 2, 1)
+    # The upper Cholesky factor of the inverse holds, in row i, how the columns behind i answer. It
+    # is the inverse of the factor of the matrix itself, taken from the last row to the first.
+    lower = np.linalg.cholesky(damped[:, ::-1, ::-1])
+    upper = np.linalg.inv(lower[:, ::-1, ::-1])
     left = np.take_along_axis(weights.astype(np.float64), order[:, None, :], axis=2)
     integers = np.empty_like(left)
     for column in range(size):

@@ -69,9 +69,7 @@ def shared_ranges(graph: Graph) -> list[list[str]]:
         ValueError: If a concatenation joins tensors with fixed ranges and others.
     """
     group = {
-        node.name: [node.name]
-        for node in graph
-        if OUTPUT_RULES[node.op] != SAME or node.is_float
+        node.name: [node.name] for node in graph if OUTPUT_RULES[node.op] != SAME or node.is_float
     }
     for node in graph:
         if node.op != "concat" or node.is_float:

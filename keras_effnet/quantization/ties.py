@@ -1,4 +1,4 @@
-"""Scales without ties, so that every runtime computes the same integers.
+"""Scales without ties, so that runtimes compute the same integers.
 
 An integer kernel turns an accumulator `acc` into an output step by rounding `acc * multiplier`.
 Runtimes compute that product differently: in float32, in fixed point of 31 or of 20 bits, rounding
@@ -10,7 +10,9 @@ every third integer (measured on B0), and in the predicted class of one photogra
 So the scales are chosen such that it never lies near a half: with a multiplier of 1 / R, R an odd
 integer, `acc / R` is never nearer than 1 / (2 R) to one. The price is a kernel scale that is
 larger by 1 / R at most, with R in the hundreds. Activations whose scale does not depend on a kernel
-move by as little. After that the Keras model, LiteRT and onnxruntime agree bit for bit.
+move by as little. After that the Keras model, LiteRT (with its default XNNPACK kernels) and
+onnxruntime agree bit for bit. The reference kernels of TFLite round twice, first in fixed point of
+31 bits, which no choice of scales makes up for: they differ by single steps.
 
 No source: the idea seems to be new. The arithmetic of the kernels is that of the TFLite 8-bit
 specification (https://ai.google.dev/edge/litert/models/quantization_spec).

@@ -264,6 +264,28 @@ def test_the_arguments_of_the_quantizer_reach_it(run, photographs, tmp_path, cap
     assert "are float, as the model asks" in capsys.readouterr().err
 
 
+def test_saved_ranges_give_the_same_file_without_images(run, photographs, tmp_path, capsys):
+    ranges, first, second = (tmp_path / name for name in ("r.json", "1.tflite", "2.tflite"))
+    arguments = {"quantization": "int8", "corrections": "none"}
+    images = {"calibration_data": photographs}
+    assert run(**arguments, **images, output=first, save_ranges=ranges) == 0
+    assert run(**arguments, output=second, ranges=ranges) == 0
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype(np.float32)
+    predictions = [TFLiteRunner(path).predict(pixels) for path in (first, second)]
+    np.testing.assert_array_equal(*predictions)
+    # Corrections look at images again.
+    capsys.readouterr()
+    assert run(quantization="int8", output=tmp_path / "3.tflite", ranges=ranges) == 2
+    assert "needs --calibration-data" in error_of(capsys)
+    assert run(**arguments, **images, output=ranges, save_ranges=ranges, overwrite=True) == 2
+    assert "--save-ranges and --output are the same file" in error_of(capsys)
+    assert run(**arguments, ranges=tmp_path / "none.json") == 2
+    assert "--ranges: there is no" in error_of(capsys)
+    ranges.write_text("{}")
+    assert run(**arguments, ranges=ranges) == 2
+    assert "must hold a 'keras_effnet calibration'" in error_of(capsys)
+
+
 @pytest.mark.parametrize("names", [*CORRECTIONS, ",".join(CORRECTIONS), "none", None])
 def test_each_correction_can_be_chosen(names, run, photographs, capsys, monkeypatch):
     configs = []

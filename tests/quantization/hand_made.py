@@ -46,6 +46,24 @@ def functional(side, body, channels=3, seed=0):
     return randomize(keras.Model(inputs, body(inputs)), seed)
 
 
+def network(x):
+    """A small network of this family: a stem, an MBConv block with a residual sum, a head."""
+    x = layers.Rescaling(1 / 255)(x)
+    x = layers.Conv2D(8, 3, strides=2, padding="same", use_bias=False, name="stem_conv")(x)
+    x = residual = layers.Activation("swish")(layers.BatchNormalization()(x))
+    x = layers.Conv2D(16, 1, use_bias=False)(x)
+    x = layers.Activation("swish")(layers.BatchNormalization()(x))
+    x = layers.DepthwiseConv2D(3, padding="same", activation="swish")(x)
+    gate = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    gate = layers.Conv2D(4, 1, activation="swish")(gate)
+    gate = layers.Conv2D(16, 1, activation="sigmoid")(gate)
+    x = layers.Conv2D(8, 1, use_bias=False)(layers.Multiply()([x, gate]))
+    x = layers.Dropout(0.2)(layers.BatchNormalization()(x))
+    x = layers.Conv2D(32, 1)(layers.Add()([x, residual]))
+    x = layers.Activation("swish", name="top_activation")(x)
+    return layers.Dense(6, activation="softmax")(layers.GlobalAveragePooling2D()(x))
+
+
 def folded(model, **arguments):
     """The folded graph of a model."""
     return fold(read_model(model, **arguments))

@@ -28,28 +28,15 @@ PLAIN = QuantizationConfig(method="min_max", corrections=())
 
 
 @pytest.fixture(scope="module")
-def images():
-    return pixels(12, side=32)
+def quantized(tiny_quantized):
+    """The quantized network up to its last feature map: thousands of integers."""
+    features = tiny_quantized.get_layer("top_activation_range").output
+    return keras.Model(tiny_quantized.input, features)
 
 
 @pytest.fixture(scope="module")
-def features():
-    """The tiny variant up to its last feature map: thousands of integers for each image."""
-    keras.utils.set_random_seed(0)
-    model = create_model(
-        "EfficientNetTiny", weights=None, include_top=False, input_shape=(32, 32, 3)
-    )
-    return randomize(model)
-
-
-@pytest.fixture(scope="module")
-def quantized(features, images):
-    return quantize_model(features, images, verbose=False)
-
-
-@pytest.fixture(scope="module")
-def graph(quantized):
-    return read_quantized(quantized)
+def graph(tiny_quantized):
+    return read_quantized(tiny_quantized)
 
 
 def assert_odd(ratio, name=""):
@@ -98,7 +85,7 @@ def test_kernels_have_odd_ratios(graph):
         assert_odd(ratios[ratios > 1 - RATIO_TOLERANCE], node.name)
         assert np.all(ratios < MAX_RATIO + 1)
         seen += np.sum(ratios > 2)
-    assert seen > 1000
+    assert seen > 30
 
 
 def test_products_and_means_have_odd_ratios(graph):
@@ -156,7 +143,8 @@ def test_removing_ties_moves_ranges_little():
 # --- Bit for bit ------------------------------------------------------------------------------
 
 
-def test_the_model_and_litert_agree_bit_for_bit(quantized, images):
+def test_the_model_and_litert_agree_bit_for_bit(quantized, tiny_images):
+    images = tiny_images[:12]
     expected = integers_of_model(quantized, images)
     assert expected.std() > 5, "a constant output would prove nothing"
     np.testing.assert_array_equal(integers_of_file(quantized, images), expected)
@@ -184,3 +172,16 @@ def test_with_ties_they_differ(monkeypatch):
     monkeypatch.undo()
     result = quantize_model(model, data, PLAIN, verbose=False)
     np.testing.assert_array_equal(integers_of_file(result, data), integers_of_model(result, data))
+
+
+@pytest.mark.slow
+def test_the_tiny_variant_and_litert_agree_bit_for_bit():
+    keras.utils.set_random_seed(0)
+    model = create_model(
+        "EfficientNetTiny", weights=None, include_top=False, input_shape=(32, 32, 3)
+    )
+    images = pixels(24, side=32)
+    quantized = quantize_model(randomize(model), images, verbose=False)
+    expected = integers_of_model(quantized, images)
+    assert expected.std() > 5, "a constant output would prove nothing"
+    np.testing.assert_array_equal(integers_of_file(quantized, images), expected)
