@@ -4,9 +4,9 @@
 
 Of V1-B0 and V2-B0 with real weights, calibrated on the `calibration` photographs and measured on
 the `evaluation` photographs alone: every range method without corrections; every correction alone,
-with the default method; the default without each of its corrections; the default; and, as peers,
-`tf.lite.TFLiteConverter`, ai-edge-quantizer on our float file, and onnxruntime's
-`quantize_static` (percentile, per channel) on our float file.
+with the default method; the default without each of its corrections, and with each that it leaves
+out; the default; and, as peers, `tf.lite.TFLiteConverter`, ai-edge-quantizer on our float file,
+and onnxruntime's `quantize_static` (percentile, per channel) on our float file.
 
 Every file is made in a fresh process, whose largest resident set is the peak memory, and runs in
 LiteRT (onnxruntime where it is its own). Latencies are taken in one process, all files in turns,
@@ -48,11 +48,19 @@ BATCH = 8
 LEAST_PROBABILITY = 1 / 512
 CASES = ("V1-B0", "V2-B0")
 CONVERTER, AI_EDGE, ONNXRUNTIME = "converter", "ai-edge-quantizer", "onnxruntime percentile"
-RANGES, ALONE, LEFT_OUT, WHOLE, PEER = "ranges", "alone", "left out", "default", "peer"
+RANGES, ALONE, LEFT_OUT, ADDED, WHOLE, PEER = (
+    "ranges",
+    "alone",
+    "left out",
+    "added",
+    "default",
+    "peer",
+)
 TITLES = {
     RANGES: "range method, no correction",
     ALONE: "one correction",
-    LEFT_OUT: "all but one",
+    LEFT_OUT: "default but one",
+    ADDED: "default and one more",
     WHOLE: "default",
     PEER: "peer",
 }
@@ -199,7 +207,10 @@ def _plan(folder: Path) -> dict[str, dict[str, Any]]:
         add(f"{default.method} + {correction}", ALONE, default.method, (correction,))
     for correction in default.corrections:
         others = tuple(name for name in default.corrections if name != correction)
-        add(f"all but {correction}", LEFT_OUT, default.method, others)
+        add(f"default but {correction}", LEFT_OUT, default.method, others)
+    for correction in sorted(set(CORRECTIONS) - set(default.corrections)):
+        both = (*default.corrections, correction)
+        add(f"default + {correction}", ADDED, default.method, both)
     add("default", WHOLE, default.method, default.corrections)
     return rows | {name: {"group": PEER} for name in (CONVERTER, AI_EDGE, ONNXRUNTIME)}
 
@@ -465,6 +476,7 @@ _STYLES = {
     RANGES: ("o", "#0072B2"),
     ALONE: ("^", "#009E73"),
     LEFT_OUT: ("v", "#E69F00"),
+    ADDED: ("P", "#CC79A7"),
     WHOLE: ("*", "#D55E00"),
     PEER: ("s", "#555555"),
 }

@@ -251,14 +251,12 @@ def export(
         By (name, file name), what runs each; the Keras model first.
     """
     from keras_effnet.export import TFLiteRunner, to_tflite
-    from keras_effnet.quantization import QuantizationConfig, quantize_model
+    from keras_effnet.quantization import quantize_model
 
     _save(model, folder / _MODEL)
     predictors: dict[tuple[str, str], Predictor] = {(_KERAS, _MODEL): model.predict_on_batch}
     calibration = digits.train_images[:_CALIBRATION_IMAGES]
-    # Equalization mends networks that lose accuracy in int8; this one loses none without it.
-    config = QuantizationConfig(equalize="none")
-    quantized = quantize_model(model, calibration, config, verbose=False)
+    quantized = quantize_model(model, calibration, verbose=False)
     for quantization, file in _TFLITE:
         to_tflite(
             quantized if quantization == "int8" else model,
