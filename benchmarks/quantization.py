@@ -361,7 +361,8 @@ def _score(folder: Path, row: str) -> dict[str, Any]:
     return {
         "agreement": scores.agreement,
         "top1": scores.top1,
-        "kl": float(np.mean(np.sum(exact * np.log(exact / near), axis=1))),
+        # Clipped probabilities do not sum to one; without the difference it might be negative.
+        "kl": float(np.mean(np.sum(exact * np.log(exact / near) - exact + near, axis=1))),
         "bytes": path.stat().st_size,
     }
 
