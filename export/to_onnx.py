@@ -18,6 +18,7 @@ from ._console import native_logs_muted
 from ._optional import import_onnx, import_tensorflow, import_tf2onnx
 from .files import check_target, write_whole
 from .onnx_file import LAYOUT_KEY, LAYOUTS, ONNXFile, OptimizedGraph, optimized, read_onnx
+from .source import check_convertible, check_ends, listing
 from .to_tflite import reads_pixels
 
 if TYPE_CHECKING:
@@ -51,7 +52,6 @@ _MAX_BYTES = 2**31 - 1
 _MIN_EXTERNAL_BYTES = 1024
 # Offsets of memory-mapped data.
 _EXTERNAL_ALIGNMENT = 4096
-_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -248,7 +248,7 @@ def check_proto(proto: Any, external_data: bool = False) -> bytes:
     if stray:
         raise RuntimeError(
             "The converter made constants of the model into inputs of the graph, so that nothing "
-            "could run the file. Received: inputs " + _listing(stray)
+            "could run the file. Received: inputs " + listing(stray)
         )
     if proto.ByteSize() > _MAX_BYTES:
         advice = "" if external_data else " Pass external_data=True (--external-data)."
@@ -271,7 +271,7 @@ def _check_operators(onnx: Any, proto: Any) -> None:
     if unknown:
         raise ValueError(
             "ONNX has no operator for some of the model's operations. Replace the layers that use "
-            f"them by others of the same function. Received: {_listing(unknown)}"
+            f"them by others of the same function. Received: {listing(unknown)}"
         )
 
 
@@ -294,48 +294,9 @@ def _check_model(model: Any, quantization: str) -> None:
             "first: keras_effnet.quantization.quantize_model(model, calibration_images). "
             f"Received: the float model {model.name!r}"
         )
-    # A subclassed model has no symbolic inputs, and raises or returns None depending on its state.
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        raise ValueError(
-            "Only Functional models, and Sequential models that know their input, can be "
-            f"exported. Received: {type(model).__name__} {model.name!r}"
-        )
-    if len(inputs) != 1 or len(model.outputs) != 1:
-        raise ValueError(
-            f"The model must have one input and one output. Received: {model.name!r} with "
-            f"{len(inputs)} inputs and {len(model.outputs)} outputs"
-        )
-    if None in inputs[0].shape[1:]:
-        raise ValueError(
-            "The file has fixed sizes. Build the model with a full `input_shape`, e.g. "
-            f"(224, 224, 3). Received: input shape {inputs[0].shape} of {model.name!r}"
-        )
+    check_ends(model)
     if quantization == "float32":
-        _check_convertible(model)
-
-
-def _check_convertible(model: keras.Model) -> None:
-    import keras
-
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        raise RuntimeError(
-            "Float ONNX files are converted from TensorFlow graphs, and Keras runs on another "
-            "backend. Save the model with `model.save('model.keras')`, load it in a process "
-            f"started with KERAS_BACKEND=tensorflow, and export it there. Received: {backend!r}"
-        )
-    halves = [
-        layer.name
-        for layer in model._flatten_layers(include_self=False)
-        if layer.compute_dtype in ("float16", "bfloat16")
-    ]
-    if halves:
-        raise ValueError(
-            "The model computes in half precision. Build it again under "
-            "keras.config.set_dtype_policy('float32') and load its weights. Received: "
-            f"half-precision layers {_listing(halves)}"
-        )
+        check_convertible(model, "ONNX")
 
 
 def _check_labels(labels: Sequence[str] | None, model: keras.Model) -> None:
@@ -355,11 +316,6 @@ def _check_not_read_only(path: Path) -> None:
         raise PermissionError(
             f"{str(path)!r} is read-only. Make it writable, or choose another name."
         )
-
-
-def _listing(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-    return ", ".join(names[:_LISTED]) + more
 
 
 def _metadata(

@@ -15,7 +15,8 @@ import numpy as np
 from ._console import native_logs_muted
 from ._optional import import_tensorflow
 from .files import check_target, write_whole
-from .tflite_file import TensorInfo, TFLiteFile, read_tflite
+from .source import check_convertible, check_ends, listing
+from .tflite_file import TFLiteFile, read_tflite
 
 if TYPE_CHECKING:
     import keras
@@ -28,7 +29,6 @@ IO_DTYPES = ("float32", "uint8", "int8")
 _PIXEL_SCALE = 0.01
 # No set of photographs in 0..255 is this dark; values scaled to 0..1, -1..1 or standardized are.
 _DARKEST_MAXIMUM = 16
-_LISTED = 5
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,14 @@ def to_tflite(
     quantized = _holds_ranges(model)
     _check_calibration(quantization, calibration_data is not None, quantized)
     check_target(path, overwrite=overwrite)
-    _check_ends(model)
+    check_ends(model)
     if quantized:
         # Loads Keras, which importing this room does not.
         from .int8_tflite import convert_quantized
 
         data = convert_quantized(model, io_dtype)
     else:
-        _check_convertible(model)
+        check_convertible(model, "TFLite")
         samples = None
         if calibration_data is not None:
             samples = _Samples(calibration_data, model)
@@ -188,51 +188,6 @@ def _check_calibration(quantization: str, given: bool, quantized: bool) -> None:
         raise ValueError(
             "`calibration_data` are used by quantization='int8' alone. "
             f"Received: quantization={quantization!r}"
-        )
-
-
-def _check_ends(model: keras.Model) -> None:
-    # A subclassed model has no symbolic inputs, and raises or returns None depending on its state.
-    inputs = getattr(model, "inputs", None)
-    if not inputs:
-        raise ValueError(
-            "Only Functional models, and Sequential models that know their input, can be "
-            f"exported. Received: {type(model).__name__} {model.name!r}"
-        )
-    if len(inputs) != 1 or len(model.outputs) != 1:
-        raise ValueError(
-            f"The model must have one input and one output. Received: {model.name!r} with "
-            f"{len(inputs)} inputs and {len(model.outputs)} outputs"
-        )
-    if None in inputs[0].shape[1:]:
-        raise ValueError(
-            "TFLite files have fixed sizes. Build the model with a full `input_shape`, e.g. "
-            f"(224, 224, 3). Received: input shape {inputs[0].shape} of {model.name!r}"
-        )
-
-
-def _check_convertible(model: keras.Model) -> None:
-    import keras
-
-    backend = keras.backend.backend()
-    if backend != "tensorflow":
-        raise RuntimeError(
-            "TFLite files are converted from TensorFlow graphs, and Keras runs on another backend. "
-            "Save the model with `model.save('model.keras')`, load it in a process started with "
-            f"KERAS_BACKEND=tensorflow, and export it there. Received: backend {backend!r}"
-        )
-    halves = [
-        layer.name
-        for layer in model._flatten_layers(include_self=False)
-        if layer.compute_dtype in ("float16", "bfloat16")
-    ]
-    if halves:
-        raise ValueError(
-            "The model computes in half precision. Build it again under "
-            "keras.config.set_dtype_policy('float32') and load its weights; for a small file use "
-            "quantization='float16'. Received: half-precision layers "
-            + ", ".join(halves[:_LISTED])
-            + (f" and {len(halves) - _LISTED} more" if len(halves) > _LISTED else "")
         )
 
 
@@ -361,11 +316,6 @@ def _check_file(file: TFLiteFile, quantization: str) -> None:
     if quantization == "int8" and file.inner_floats:
         raise RuntimeError(
             "The converter left float tensors between input and output: "
-            + _listing(file.inner_floats)
+            + listing([f"{tensor.name} ({tensor.dtype})" for tensor in file.inner_floats])
             + ". Use layers for which TFLite has integer kernels, or another quantization."
         )
-
-
-def _listing(tensors: tuple[TensorInfo, ...]) -> str:
-    more = f" and {len(tensors) - _LISTED} more" if len(tensors) > _LISTED else ""
-    return ", ".join(f"{t.name} ({t.dtype})" for t in tensors[:_LISTED]) + more
