@@ -40,9 +40,8 @@ def check_target(path: str | os.PathLike, *, overwrite: bool = False) -> Path:
         )
     # Permission bits say little (read-only mounts, network shares, root): only trying tells.
     temporary = _temporary_name(path)
-    with _explained(path):
+    with _explained(path), _removed_at_the_end(temporary):
         temporary.touch(exist_ok=False)
-        temporary.unlink()
     return path
 
 
@@ -65,21 +64,26 @@ def write_whole(path: str | os.PathLike, data: bytes, *, overwrite: bool = False
     """
     path = check_target(path, overwrite=overwrite)
     temporary = _temporary_name(path)
-    with _explained(path, size=len(data)):
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                temporary.unlink()
+    with _explained(path, size=len(data)), _removed_at_the_end(temporary):
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
     return path
 
 
 def _temporary_name(path: Path) -> Path:
     return path.with_name(f".{path.name[:100]}.{uuid.uuid4().hex[:8]}.part")
+
+
+@contextlib.contextmanager
+def _removed_at_the_end(temporary: Path):
+    """Removes a temporary file if it is still there, also when Ctrl-C comes in between."""
+    try:
+        yield
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -90,3 +90,16 @@ def test_an_interrupt_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         write_whole(tmp_path / "a.bin", b"new")
     assert os.listdir(tmp_path) == []
+
+
+def test_an_interrupt_of_the_check_leaves_nothing(tmp_path, monkeypatch):
+    touch = files.Path.touch
+
+    def touch_and_interrupt(self, **keywords):
+        touch(self, **keywords)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.Path, "touch", touch_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        check_target(tmp_path / "a.bin")
+    assert os.listdir(tmp_path) == []
