@@ -17,6 +17,7 @@ VERSION = next(
 TENSORFLOW = "tensorflow>=2.21,<2.22"
 LITERT = "ai-edge-litert>=2.3,<3"
 EXTRAS = {
+    "convert": [TENSORFLOW, "safetensors>=0.5"],
     "plot": ["matplotlib>=3.10"],
     "tflite": [TENSORFLOW, LITERT],
     "onnx": [
@@ -54,6 +55,7 @@ setup(
     packages=[
         "keras_effnet",
         "keras_effnet.cli",
+        "keras_effnet.conversion",
         "keras_effnet.export",
         "keras_effnet.quantization",
     ],

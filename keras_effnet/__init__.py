@@ -6,6 +6,8 @@ from .blocks import mbconv as mbconv
 from .blocks import squeeze_and_excite as squeeze_and_excite
 from .blocks import swish as swish
 from .builder import build as build
+from .conversion import convert_weights as convert_weights
+from .conversion import read_checkpoint as read_checkpoint
 from .models import EfficientNet as EfficientNet
 from .models import EfficientNetB0 as EfficientNetB0
 from .models import EfficientNetB1 as EfficientNetB1
@@ -16,7 +18,15 @@ from .models import EfficientNetB5 as EfficientNetB5
 from .models import EfficientNetB6 as EfficientNetB6
 from .models import EfficientNetB7 as EfficientNetB7
 from .models import EfficientNetB8 as EfficientNetB8
+from .models import EfficientNetEdgeTPUL as EfficientNetEdgeTPUL
+from .models import EfficientNetEdgeTPUM as EfficientNetEdgeTPUM
+from .models import EfficientNetEdgeTPUS as EfficientNetEdgeTPUS
 from .models import EfficientNetL2 as EfficientNetL2
+from .models import EfficientNetLite0 as EfficientNetLite0
+from .models import EfficientNetLite1 as EfficientNetLite1
+from .models import EfficientNetLite2 as EfficientNetLite2
+from .models import EfficientNetLite3 as EfficientNetLite3
+from .models import EfficientNetLite4 as EfficientNetLite4
 from .models import EfficientNetTiny as EfficientNetTiny
 from .models import EfficientNetV2B0 as EfficientNetV2B0
 from .models import EfficientNetV2B1 as EfficientNetV2B1
@@ -44,3 +54,4 @@ from .specs import list_models as list_models
 from .version import __version__ as __version__
 from .weights import list_weights as list_weights
 from .weights import load_weights as load_weights
+from .weights import read_spec as read_spec

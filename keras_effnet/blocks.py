@@ -32,7 +32,8 @@ class BlockStyle:
         se_gate: Keras name of the gate of squeeze-and-excite.
         bn_momentum: Of the batch norms.
         bn_epsilon: Of the batch norms.
-        padding: `"same"`, or `"explicit"` for a `ZeroPadding2D` before strided convolutions.
+        padding: Of strided convolutions: `"same"`; `"explicit"` for a `ZeroPadding2D` of equal
+            effect before them; `"torch"` for one that pads all sides alike, as PyTorch does.
         depthwise_name: Suffix of the depthwise layers' names.
     """
 
@@ -103,21 +104,26 @@ def batch_norm(x: keras.KerasTensor, name: str, style: BlockStyle) -> keras.Kera
     )(x)
 
 
-def pad_for_stride(x: keras.KerasTensor, kernel_size: int, name: str) -> keras.KerasTensor:
-    """Zero padding before a stride-2 "valid" convolution, equal to TensorFlow's "same".
+def pad_for_stride(
+    x: keras.KerasTensor, kernel_size: int, name: str, symmetric: bool = False
+) -> keras.KerasTensor:
+    """Zero padding before a stride-2 "valid" convolution.
 
-    On an even side "same" pads one pixel less at the top and left; a side that is unknown is
-    taken for even, as keras.applications does.
+    By default it equals TensorFlow's "same": on an even side that pads one pixel less at the top
+    and left; a side that is unknown is taken for even, as keras.applications does.
 
     Args:
         x: A batch of images or features.
         kernel_size: Side of the kernel, odd.
         name: Name of the layer.
+        symmetric: True for PyTorch's `padding=kernel_size // 2`: every side alike.
 
     Returns:
         The padded tensor.
     """
     after = kernel_size // 2
+    if symmetric:
+        return layers.ZeroPadding2D(padding=after, name=name)(x)
     padding = tuple(
         (after - (1 if side is None else 1 - side % 2), after) for side in spatial_shape(x)
     )
@@ -150,9 +156,9 @@ def conv_bn_act(
     Returns:
         A tensor of height and width `ceil(side / strides)`.
     """
-    explicit = strides == 2 and style.padding == "explicit"
+    explicit = strides == 2 and style.padding != "same"
     if explicit:
-        x = pad_for_stride(x, kernel_size, f"{prefix}conv_pad")
+        x = pad_for_stride(x, kernel_size, f"{prefix}conv_pad", style.padding == "torch")
     x = layers.Conv2D(
         filters,
         kernel_size,
@@ -236,10 +242,15 @@ def drop_path(x: keras.KerasTensor, rate: float, name: str) -> keras.KerasTensor
 
 
 def _finish_block(
-    x: keras.KerasTensor, inputs: keras.KerasTensor, strides: int, drop_path_rate: float, name: str
+    x: keras.KerasTensor,
+    inputs: keras.KerasTensor,
+    strides: int,
+    skip: bool,
+    drop_path_rate: float,
+    name: str,
 ) -> keras.KerasTensor:
     """The residual connection, where input and output have the same shape."""
-    if strides != 1 or inputs.shape[channel_axis()] != x.shape[channel_axis()]:
+    if not skip or strides != 1 or inputs.shape[channel_axis()] != x.shape[channel_axis()]:
         return x
     x = drop_path(x, drop_path_rate, f"{name}drop")
     return layers.Add(name=f"{name}add")([x, inputs])
@@ -259,6 +270,8 @@ def mbconv(
     strides: int = 1,
     se_ratio: float = 0.25,
     drop_path_rate: float = 0.0,
+    expanded_filters: int | None = None,
+    skip: bool = True,
     style: BlockStyle = DEFAULT_STYLE,
     name: str = "",
 ) -> keras.KerasTensor:
@@ -281,6 +294,8 @@ def mbconv(
         se_ratio: Squeeze-and-excite bottleneck as a fraction of the block's input channels, in
             [0, 1]; 0 for none.
         drop_path_rate: In [0, 1).
+        expanded_filters: Inner width, where it is not `expand_ratio` times the input's.
+        skip: Whether the input is added to the output where their shapes agree.
         style: Activation, batch norm, padding.
         name: Prefix of the layers' names, e.g. `"block2a_"`.
 
@@ -293,10 +308,12 @@ def mbconv(
     inputs, input_filters = x, x.shape[channel_axis()]
     se_filters = _se_filters(input_filters, se_ratio)
     if expand_ratio != 1:
-        x = conv_bn_act(x, input_filters * expand_ratio, 1, style=style, prefix=f"{name}expand_")
-    explicit = strides == 2 and style.padding == "explicit"
+        inner = expanded_filters or input_filters * expand_ratio
+        x = conv_bn_act(x, inner, 1, style=style, prefix=f"{name}expand_")
+    explicit = strides == 2 and style.padding != "same"
     if explicit:
-        x = pad_for_stride(x, kernel_size, f"{name}{style.depthwise_name}_pad")
+        pad_name = f"{name}{style.depthwise_name}_pad"
+        x = pad_for_stride(x, kernel_size, pad_name, style.padding == "torch")
     x = layers.DepthwiseConv2D(
         kernel_size,
         strides=strides,
@@ -310,7 +327,7 @@ def mbconv(
     if se_filters:
         x = squeeze_and_excite(x, se_filters, style=style, prefix=name)
     x = conv_bn_act(x, output_filters, 1, activate=False, style=style, prefix=f"{name}project_")
-    return _finish_block(x, inputs, strides, drop_path_rate, name)
+    return _finish_block(x, inputs, strides, skip, drop_path_rate, name)
 
 
 def fused_mbconv(
@@ -322,6 +339,8 @@ def fused_mbconv(
     strides: int = 1,
     se_ratio: float = 0.0,
     drop_path_rate: float = 0.0,
+    expanded_filters: int | None = None,
+    skip: bool = True,
     style: BlockStyle = DEFAULT_STYLE,
     name: str = "",
 ) -> keras.KerasTensor:
@@ -341,6 +360,8 @@ def fused_mbconv(
         strides: 1 or 2.
         se_ratio: As in `mbconv`; 0 in the published models.
         drop_path_rate: In [0, 1).
+        expanded_filters: Inner width, where it is not `expand_ratio` times the input's.
+        skip: Whether the input is added to the output where their shapes agree.
         style: Activation, batch norm, padding.
         name: Prefix of the layers' names.
 
@@ -355,7 +376,7 @@ def fused_mbconv(
     if expand_ratio != 1:
         x = conv_bn_act(
             x,
-            input_filters * expand_ratio,
+            expanded_filters or input_filters * expand_ratio,
             kernel_size,
             strides=strides,
             style=style,
@@ -372,4 +393,4 @@ def fused_mbconv(
         style=style,
         prefix=f"{name}project_",
     )
-    return _finish_block(x, inputs, strides, drop_path_rate, name)
+    return _finish_block(x, inputs, strides, skip, drop_path_rate, name)

@@ -9,6 +9,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import keras
 from keras import layers
@@ -91,7 +92,9 @@ def build(
             strides=block.strides,
             se_ratio=stage.se_ratio,
             drop_path_rate=block.drop_path_rate,
-            style=style,
+            expanded_filters=block.expanded_filters,
+            skip=stage.skip,
+            style=replace(style, padding=stage.padding or style.padding),
             name=block.name,
         )
     x = conv_bn_act(x, plan.top.output_filters, 1, style=style, prefix="top_")

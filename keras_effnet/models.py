@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Concatenate, ParamSpec
@@ -18,10 +19,13 @@ import keras
 from .builder import FEATURE_LEVELS, build, classifier, deep_graphs, feature_layers
 from .scaling import COMPOUND
 from .specs import SPECS, ModelSpec, get_spec
-from .weights import load_weights, locate_weights
+from .weights import check_spec, load_weights, locate_weights
 
 Weights = str | os.PathLike | None
 _P = ParamSpec("_P")
+
+_SE_SUFFIXES = ("_se_reduce", "_se_expand")
+_SE_LAYERS = tuple(f"*{suffix}" for suffix in _SE_SUFFIXES)
 
 _ARGUMENTS = """
     Args:
@@ -29,7 +33,8 @@ _ARGUMENTS = """
         weights: `"imagenet"` (the official file, fetched once into Keras' cache and verified),
             the path of a `.h5`, `.weights.h5` or `.keras` file, or None for random weights. The
             graph is the same whatever the weights. A file with another number of classes leaves
-            the classifier random, with a warning.
+            the classifier random, with a warning. `list_weights` tells what there is; files of
+            TensorFlow and PyTorch are converted by `convert_weights` first.
         input_tensor: Keras tensor to build upon, or None for a new input.
         input_shape: `(height, width, channels)`, or channels first; by default the variant's
             resolution and 3 channels. Without a top, height and width may be None, and are so
@@ -46,9 +51,12 @@ _ARGUMENTS = """
         activation: Keras name of the activation throughout, such as `"swish"`, `"hard_swish"`,
             `"relu6"`; None for the variant's.
         se_ratio: Squeeze-and-excite bottleneck as a fraction of a block's input channels in the
-            stages that have one, in [0, 1]; 0 for none at all, None for the variant's.
+            stages that have one, in [0, 1]; 0 for none at all, None for the variant's. With 0 the
+            squeeze-and-excite layers of a weights file are left out, with a warning.
         se_activation: Between the two squeeze-and-excite layers; None for `activation`, which is
             EfficientNet's choice (`"relu"` is the original's).
+        padding: Of strided convolutions: `"explicit"` or `"same"` (TensorFlow's), or `"torch"`,
+            all sides alike, for weights that were trained in PyTorch; None for the variant's.
         se_gate: Gate of squeeze-and-excite; None for the variant's sigmoid. `"hard_sigmoid"` is
             cheaper on phones.
         features_only: True for a model that returns the feature pyramid: a list of the last
@@ -84,6 +92,7 @@ def create_model(
     se_ratio: float | None = None,
     se_activation: str | None = None,
     se_gate: str | None = None,
+    padding: str | None = None,
     features_only: bool | Sequence[int] = False,
 ) -> keras.Model:
     spec = _spec(model)
@@ -93,6 +102,7 @@ def create_model(
         "activation": activation,
         "se_activation": se_activation,
         "se_gate": se_gate,
+        "padding": padding,
     }
     spec = replace(spec, **{key: value for key, value in changes.items() if value is not None})
     if se_ratio is not None:
@@ -106,6 +116,8 @@ def create_model(
         include_top = False
     # Found, or fetched, before the model is built, so that a wrong path costs no time.
     path = None if weights is None else locate_weights(spec, weights, include_top)
+    if path is not None:
+        check_spec(spec, path, include_preprocessing)
     result = build(
         spec,
         include_top=include_top,
@@ -118,7 +130,16 @@ def create_model(
         name=name,
     )
     if path is not None:
-        load_weights(result, path)
+        report = load_weights(result, path, ignore=_SE_LAYERS if se_ratio == 0 else ())
+        left_out = [name for name in report.ignored if name.endswith(_SE_SUFFIXES)]
+        if left_out:
+            warnings.warn(
+                f"se_ratio=0: {len(left_out)} squeeze-and-excite layers of {str(path)!r} are left "
+                f"out ({left_out[0]}, …, {left_out[-1]}). The rest was loaded, but was trained "
+                "with them: train the network further before it is used.",
+                UserWarning,
+                stacklevel=2,
+            )
     if levels:
         ends = feature_layers(spec)
         outputs = [result.get_layer(ends[level]).output for level in levels]
@@ -205,6 +226,14 @@ EfficientNetV2S = _constructor(create_model, "EfficientNetV2S")
 EfficientNetV2M = _constructor(create_model, "EfficientNetV2M")
 EfficientNetV2L = _constructor(create_model, "EfficientNetV2L")
 EfficientNetV2XL = _constructor(create_model, "EfficientNetV2XL")
+EfficientNetLite0 = _constructor(create_model, "EfficientNetLite0")
+EfficientNetLite1 = _constructor(create_model, "EfficientNetLite1")
+EfficientNetLite2 = _constructor(create_model, "EfficientNetLite2")
+EfficientNetLite3 = _constructor(create_model, "EfficientNetLite3")
+EfficientNetLite4 = _constructor(create_model, "EfficientNetLite4")
+EfficientNetEdgeTPUS = _constructor(create_model, "EfficientNetEdgeTPUS")
+EfficientNetEdgeTPUM = _constructor(create_model, "EfficientNetEdgeTPUM")
+EfficientNetEdgeTPUL = _constructor(create_model, "EfficientNetEdgeTPUL")
 EfficientNetTiny = _constructor(create_model, "EfficientNetTiny")
 
 

@@ -189,6 +189,8 @@ class BlockPlan:
         drop_path_rate: Probability of skipping the block in training.
         input_size: Height and width in.
         output_size: Height and width out.
+        expands: Whether a convolution widens the input first.
+        has_skip: Whether the input is added to the output: only where their shapes agree.
         depthwise_name: Suffix of the depthwise layer's name.
     """
 
@@ -204,16 +206,9 @@ class BlockPlan:
     drop_path_rate: float
     input_size: tuple[int, int]
     output_size: tuple[int, int]
+    expands: bool
+    has_skip: bool
     depthwise_name: str
-
-    @property
-    def expands(self) -> bool:
-        return self.expanded_filters != self.input_filters
-
-    @property
-    def has_skip(self) -> bool:
-        """Whether the input is added to the output: only where their shapes agree."""
-        return self.strides == 1 and self.input_filters == self.output_filters
 
     @property
     def convolutions(self) -> tuple[ConvPlan, ...]:
@@ -347,27 +342,31 @@ def resolve(
         if value < 1:
             raise ValueError(f"`{name}` must be positive. Received: {name}={value}")
 
-    def filters(base: int) -> int:
+    def filters(base: int, end: bool = False) -> int:
+        if end and spec.fixed_ends:
+            return base
         return round_filters(base * spec.width, spec.depth_divisor, spec.rounding)
 
     def strided(size: tuple[int, int], strides: int) -> tuple[int, int]:
         return tuple(math.ceil(side / strides) for side in size)
 
     feature_size = strided(size, spec.stem_strides)
-    stem = ConvPlan("stem_conv", 3, channels, filters(spec.stem_filters), math.prod(feature_size))
+    stem_filters = filters(spec.stem_filters, end=True)
+    stem = ConvPlan("stem_conv", 3, channels, stem_filters, math.prod(feature_size))
     blocks: list[BlockPlan] = []
-    total = sum(round_repeats(stage.repeats, spec.depth) for stage in spec.stages)
+    repeats = stage_repeats(spec)
     for number, stage in enumerate(spec.stages, start=1):
-        for index in range(round_repeats(stage.repeats, spec.depth)):
+        for index in range(repeats[number - 1]):
             block = _resolve_block(
                 spec,
                 stage,
                 name=f"block{number}{_letters(index)}_",
                 number=number,
                 first=index == 0,
-                input_filters=filters(stage.input_filters if index == 0 else stage.output_filters),
+                input_filters=blocks[-1].output_filters if blocks else stem.output_filters,
+                base_filters=filters(stage.input_filters if index == 0 else stage.output_filters),
                 output_filters=filters(stage.output_filters),
-                drop_path_rate=spec.drop_path_rate * len(blocks) / total,
+                drop_path_rate=spec.drop_path_rate * len(blocks) / sum(repeats),
                 input_size=feature_size,
             )
             feature_size = block.output_size
@@ -376,10 +375,18 @@ def resolve(
         "top_conv",
         1,
         blocks[-1].output_filters,
-        filters(spec.top_filters),
+        filters(spec.top_filters, end=True),
         math.prod(feature_size),
     )
     return ModelPlan(spec, size, channels, stem, tuple(blocks), top, classes, include_preprocessing)
+
+
+def stage_repeats(spec: ModelSpec) -> list[int]:
+    """Blocks of every stage after scaling."""
+    repeats = [round_repeats(stage.repeats, spec.depth) for stage in spec.stages]
+    if spec.fixed_ends:
+        repeats[0], repeats[-1] = spec.stages[0].repeats, spec.stages[-1].repeats
+    return repeats
 
 
 def _letters(index: int) -> str:
@@ -400,11 +407,13 @@ def _resolve_block(
     number: int,
     first: bool,
     input_filters: int,
+    base_filters: int,
     output_filters: int,
     drop_path_rate: float,
     input_size: tuple[int, int],
 ) -> BlockPlan:
     strides = stage.strides if first else 1
+    expands = stage.expand_ratio != 1
     # The bottleneck is a fraction of the block's input, not of its expanded width (V1 code).
     se_filters = max(1, int(input_filters * stage.se_ratio)) if stage.se_ratio else 0
     return BlockPlan(
@@ -414,12 +423,14 @@ def _resolve_block(
         kernel_size=stage.kernel_size,
         strides=strides,
         input_filters=input_filters,
-        expanded_filters=input_filters * stage.expand_ratio,
+        expanded_filters=base_filters * stage.expand_ratio if expands else input_filters,
         output_filters=output_filters,
         se_filters=se_filters,
         drop_path_rate=drop_path_rate,
         input_size=input_size,
         output_size=tuple(math.ceil(side / strides) for side in input_size),
+        expands=expands,
+        has_skip=stage.skip and strides == 1 and input_filters == output_filters,
         depthwise_name=spec.depthwise_name,
     )
 

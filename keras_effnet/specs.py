@@ -13,24 +13,31 @@ Sources, cited in the rows below:
 - V2: Tan and Le, "EfficientNetV2: Smaller Models and Faster Training", ICML 2021
   (arXiv:2104.00298). Table 4: stages of S. Table 7: accuracy, parameters, FLOPs.
 - V2 code: google/automl, efficientnetv2/effnetv2_configs.py and README.md (B0 to B3, M, L, XL).
+- Lite: tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py and README.md
+  (parameters, multiply-adds, float accuracy).
+- EdgeTPU: tensorflow/tpu, models/official/efficientnet/edgetpu/efficientnet_edgetpu_builder.py and
+  README.md (float accuracy), efficientnet_model.py (`MBConvBlockWithoutDepthwise`); timm's model
+  cards (parameters, multiply-adds).
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 BLOCK_TYPES = ("mbconv", "fused_mbconv")
 ROUNDINGS = ("keep_90_percent", "nearest")
-PADDINGS = ("explicit", "same")
+PADDINGS = ("explicit", "same", "torch")
 INTERPOLATIONS = ("bilinear", "bicubic")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-def _require_choice(field: str, value: object, allowed: tuple[str, ...]) -> None:
+def _require_choice(field: str, value: object, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"`{field}` must be one of {allowed}. Received: {field}={value!r}")
 
@@ -54,11 +61,14 @@ class StageSpec:
         repeats: Number of blocks, at least 1.
         kernel_size: Side of the depthwise (mbconv) or expanding (fused) kernel, odd.
         strides: Stride of the first block of the stage, 1 or 2.
-        input_filters: Channels entering the first block.
+        input_filters: Channels entering the first block, of which its inner width is a multiple.
+            The channels that do enter it may be others, where the stem's width is not this one.
         output_filters: Channels leaving every block.
         expand_ratio: Factor of the inner, expanded width to the input width; 1 expands nothing.
         se_ratio: Width of the squeeze-and-excite bottleneck as a fraction of the block's
             *input* channels, in [0, 1]; 0 leaves squeeze-and-excite out.
+        skip: Whether blocks whose input and output agree in shape add the former to the latter.
+        padding: Of the stage's strided convolutions, or None for the model's.
     """
 
     block: str
@@ -69,9 +79,12 @@ class StageSpec:
     output_filters: int
     expand_ratio: int
     se_ratio: float
+    skip: bool = True
+    padding: str | None = None
 
     def __post_init__(self) -> None:
         _require_choice("block", self.block, BLOCK_TYPES)
+        _require_choice("padding", self.padding, (None, *PADDINGS))
         _require_positive(
             self, "repeats", "kernel_size", "input_filters", "output_filters", "expand_ratio"
         )
@@ -136,6 +149,10 @@ class PreprocessingSpec:
             raise ValueError(f"`crop_padding` must be >= 0. Received: {self.crop_padding}")
 
 
+ADVPROP = PreprocessingSpec(scale=1 / 127.5, offset=-1.0, mean=None, std=None)
+"""Inception's transform, x / 127.5 - 1, which the weights trained with AdvProp need (V1 code)."""
+
+
 @dataclass(frozen=True)
 class Published:
     """What the authors report of a variant, for ImageNet.
@@ -174,8 +191,11 @@ class ModelSpec:
         rounding: `"keep_90_percent"` (V1: never fall below 90 % of the scaled width) or
             `"nearest"` (V2).
         padding: How stride-2 convolutions are padded: `"explicit"` (a `ZeroPadding2D` layer and a
-            valid convolution, as keras.applications builds V1) or `"same"` (V2). Equal in
-            effect wherever the input side is known.
+            valid convolution, as keras.applications builds V1) or `"same"` (V2), equal in
+            effect wherever the input side is known: on an even side TensorFlow pads one pixel
+            less at the top and left. `"torch"` pads all sides alike, as PyTorch does
+            (`padding=kernel_size // 2`), by a layer of the same name as `"explicit"`'s: weights
+            that were trained in PyTorch need it.
         bn_momentum: Of every batch norm, the share of the old value.
         bn_epsilon: Of every batch norm.
         preprocessing: The input transform.
@@ -184,6 +204,8 @@ class ModelSpec:
             None for `activation`, which is EfficientNet's choice. `"relu"` is that of the
             squeeze-and-excitation paper (arXiv:1709.01507, section 3.2).
         se_gate: Keras name of the gate of squeeze-and-excite, `"sigmoid"` in both papers.
+        fixed_ends: Whether the widths of the stem and of the last convolution, and the depths of
+            the first and last stage, are left as they are when the network is scaled (Lite).
         published: The authors' figures, or None.
     """
 
@@ -208,6 +230,7 @@ class ModelSpec:
     bn_epsilon: float = 1e-3
     se_activation: str | None = None
     se_gate: str = "sigmoid"
+    fixed_ends: bool = False
     published: Published | None = None
 
     def __post_init__(self) -> None:
@@ -245,6 +268,30 @@ class ModelSpec:
             replace(stage, se_ratio=se_ratio) if stage.se_ratio else stage for stage in self.stages
         )
         return self if stages == self.stages else replace(self, stages=stages, published=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The spec as plain values for JSON, without the published figures."""
+        values = asdict(self)
+        del values["published"]
+        return values
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSpec:
+        """The spec that `to_dict` gave.
+
+        Raises:
+            ValueError: If a field is missing, unknown or out of its range.
+        """
+        try:
+            preprocessing = dict(values["preprocessing"])
+            for field in ("mean", "std"):
+                if preprocessing[field] is not None:
+                    preprocessing[field] = tuple(preprocessing[field])
+            stages = tuple(StageSpec(**stage) for stage in values["stages"])
+            changes = {"stages": stages, "preprocessing": PreprocessingSpec(**preprocessing)}
+            return cls(**{**values, **changes})
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"These are no values of a ModelSpec: {error!r}") from None
 
 
 def check_rate(field: str, value: float) -> None:
@@ -329,6 +376,36 @@ V2_XL_STAGES = _stages("""
     mbconv        8 3 1 512 640 6 0.25
 """)
 
+# Lite code: B0 without squeeze-and-excite.
+LITE_STAGES = tuple(replace(stage, se_ratio=0.0) for stage in B0_STAGES)
+
+
+def _edgetpu_stages() -> tuple[StageSpec, ...]:
+    """EdgeTPU code.
+
+    Its fused blocks have their stride on the 1x1 projection, whose samples lie at even positions.
+    The same 3x3 convolution with the stride on itself and symmetric padding computes exactly those
+    samples and none that are thrown away, with a quarter less multiply-adds in all
+    (tensorflow/tpu issue 660). No block of the first stage has a skip, and its inner width counts
+    from 24 channels though 32 enter.
+    """
+    stages = _stages("""
+        fused_mbconv 1 3 1  24  24 4 0
+        fused_mbconv 2 3 2  24  32 8 0
+        fused_mbconv 4 3 2  32  48 8 0
+        mbconv       5 5 2  48  96 8 0
+        mbconv       4 5 1  96 144 8 0
+        mbconv       2 5 2 144 192 8 0
+    """)
+    return (
+        replace(stages[0], skip=False),
+        *(replace(stage, padding="torch") for stage in stages[1:3]),
+        *stages[3:],
+    )
+
+
+EDGETPU_STAGES = _edgetpu_stages()
+
 _B0 = ModelSpec(
     name="efficientnetb0",
     constructor="EfficientNetB0",
@@ -373,11 +450,21 @@ _V2_S = replace(
     ),
 )
 
+# Lite code and EdgeTPU code: pixels become (x - 127) / 128, and 1 / 128 is exact.
+_CENTERED = PreprocessingSpec(scale=1 / 128, offset=-127 / 128, mean=None, std=None)
+
+_LITE0 = replace(
+    _B0, stages=LITE_STAGES, activation="relu6", fixed_ends=True, preprocessing=_CENTERED
+)
+_EDGETPU_S = replace(_B0, stages=EDGETPU_STAGES, activation="relu", preprocessing=_CENTERED)
+
 _V1_TABLE_2 = "arXiv:1905.11946, Table 2"
 _ADVPROP = "AdvProp, arXiv:1911.09665, Table 3"
 _NOISY_STUDENT = "Noisy Student, arXiv:1911.04252, Table 2"
 _V2_TABLE_7 = "arXiv:2104.00298, Table 7"
 _V2_README = "google/automl, efficientnetv2/README.md"
+_LITE_README = "tensorflow/tpu, efficientnet/lite/README.md"
+_EDGETPU_README = "tensorflow/tpu, efficientnet/edgetpu/README.md"
 
 
 def _v1(suffix, width, depth, resolution, dropout_rate, published):
@@ -385,6 +472,19 @@ def _v1(suffix, width, depth, resolution, dropout_rate, published):
         _B0,
         name=f"efficientnet{suffix.lower()}",
         constructor=f"EfficientNet{suffix}",
+        width=width,
+        depth=depth,
+        resolution=resolution,
+        dropout_rate=dropout_rate,
+        published=published,
+    )
+
+
+def _mobile(base, family, suffix, width, depth, resolution, dropout_rate, published):
+    return replace(
+        base,
+        name=f"efficientnet-{family}{suffix}".lower(),
+        constructor=f"EfficientNet{family.rstrip('-')}{suffix}",
         width=width,
         depth=depth,
         resolution=resolution,
@@ -449,6 +549,22 @@ _TABLE = (
         Published(87.3, 208.0, 94.0, _V2_TABLE_7 + " (pretrained on ImageNet-21k)"),
         stages=V2_XL_STAGES,
         stem_filters=32,
+    ),
+    # Lite code: width, depth, resolution, dropout.
+    _mobile(_LITE0, "Lite", "0", 1.0, 1.0, 224, 0.2, Published(75.1, 4.7, 0.407, _LITE_README)),
+    _mobile(_LITE0, "Lite", "1", 1.0, 1.1, 240, 0.2, Published(76.7, 5.4, 0.631, _LITE_README)),
+    _mobile(_LITE0, "Lite", "2", 1.1, 1.2, 260, 0.3, Published(77.6, 6.1, 0.899, _LITE_README)),
+    _mobile(_LITE0, "Lite", "3", 1.2, 1.4, 280, 0.3, Published(79.8, 8.2, 1.44, _LITE_README)),
+    _mobile(_LITE0, "Lite", "4", 1.4, 1.8, 300, 0.3, Published(81.5, 13.0, 2.64, _LITE_README)),
+    # EdgeTPU code. Parameters and multiply-adds: timm's model cards of the same networks.
+    _mobile(
+        _EDGETPU_S, "EdgeTPU-", "S", 1.0, 1.0, 224, 0.2, Published(77.2, 5.4, 1.8, _EDGETPU_README)
+    ),
+    _mobile(
+        _EDGETPU_S, "EdgeTPU-", "M", 1.0, 1.1, 240, 0.2, Published(78.7, 6.9, 3.0, _EDGETPU_README)
+    ),
+    _mobile(
+        _EDGETPU_S, "EdgeTPU-", "L", 1.2, 1.4, 300, 0.3, Published(80.6, 10.6, 8.0, _EDGETPU_README)
     ),
     # Ours: B0's stages, narrow and shallow, for images of 32 x 32 (digits, CIFAR, tests). The
     # stem keeps the resolution, as is usual for such images.

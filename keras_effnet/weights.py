@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-import math
+import json
 import os
 import re
 import tempfile
@@ -27,6 +27,7 @@ import h5py
 import keras
 import numpy as np
 
+from .scaling import resolve
 from .specs import IMAGENET_STD, SPECS, ModelSpec, get_spec, list_models
 
 BASE_URL = "https://storage.googleapis.com"
@@ -35,6 +36,9 @@ BASE_URL_VARIABLE = "KERAS_EFFNET_WEIGHTS_URL"
 STEM = "stem_conv"
 HEAD = "predictions"
 NORMALIZATION = "normalization"
+
+# Member of a `.keras` file that holds the spec of a converted model.
+SPEC_MEMBER = "keras_effnet.json"
 
 _LISTED = 20  # Entries of each kind that an error message spells out.
 _HASH_BLOCK = 1 << 20
@@ -69,28 +73,37 @@ class WeightsSource:
         weights: Name of the training, as given to `weights=`, e.g. `"imagenet"`.
         include_top: Whether the file holds the classifier.
         path: Below the base address, e.g. `"keras-applications/efficientnetb0.h5"`.
-        md5: Published hash of the file, 32 hexadecimal digits.
+        md5: Published hash of the file, 32 hexadecimal digits; None for the TensorFlow checkpoints
+            of the official repositories, which have none: those are not fetched, but downloaded by
+            hand and converted (`convert_weights`, `keras-effnet convert-weights`).
         top1: Published ImageNet top-1 accuracy of these weights in percent, or None.
         source: Where hash and accuracy stand.
+        preprocessing: The transform to convert it with, `"advprop"`, or None for the variant's.
     """
 
     model: str
     weights: str
     include_top: bool
     path: str
-    md5: str
+    md5: str | None
     top1: float | None
     source: str
+    preprocessing: str | None = None
 
     def __post_init__(self) -> None:
         if self.model not in SPECS:
             raise ValueError(f"`model` must be a variant of the table. Received: {self.model!r}")
-        if not re.fullmatch("[0-9a-f]{32}", self.md5):
+        if self.md5 is not None and not re.fullmatch("[0-9a-f]{32}", self.md5):
             raise ValueError(f"`md5` must be 32 hexadecimal digits. Received: {self.md5!r}")
 
     @property
     def file_name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def url(self) -> str:
+        """Address in Google's public storage."""
+        return f"{BASE_URL}/{self.path}"
 
 
 # keras.applications: model, hash with top, hash without top, top-1. Hashes: `WEIGHTS_HASHES` of
@@ -134,12 +147,61 @@ def _keras_applications() -> Iterable[WeightsSource]:
             )
 
 
-SOURCES: tuple[WeightsSource, ...] = tuple(_keras_applications())
-"""Every official file that `fetch_weights` can fetch."""
+# TensorFlow checkpoints of the authors: training, folder and file, then model=top-1 (- for none
+# published). Addresses and figures of V1: tensorflow/tpu, efficientnet/README.md; of Lite and
+# EdgeTPU: the README.md of their folders; of V2: google/automl, efficientnetv2/README.md, and
+# effnetv2_model.py (`get_model`) for B0 to B3 on ImageNet-21k.
+_CHECKPOINTS = """
+    baseline ckpts/efficientnet-{v1}.tar.gz
+        B0=76.7 B1=78.7 B2=79.8 B3=81.1 B4=82.5 B5=83.1
+    autoaugment ckptsaug/efficientnet-{v1}.tar.gz
+        B0=77.1 B1=79.1 B2=80.1 B3=81.6 B4=82.9 B5=83.6 B6=84.0 B7=84.3
+    randaugment randaug/efficientnet-{v1}-randaug.tar.gz
+        B5=83.7 B7=84.7
+    advprop advprop/efficientnet-{v1}.tar.gz
+        B0=77.6 B1=79.6 B2=80.5 B3=81.9 B4=83.3 B5=84.3 B6=84.8 B7=85.2 B8=85.5
+    noisy-student noisystudent/noisy_student_efficientnet-{v1}.tar.gz
+        B0=78.8 B1=81.5 B2=82.4 B3=84.1 B4=85.3 B5=86.1 B6=86.4 B7=86.9 L2=88.4
+    noisy-student-475 noisystudent/noisy_student_efficientnet-{v1}_475.tar.gz
+        L2=88.2
+    imagenet lite/{name}.tar.gz
+        Lite0=75.1 Lite1=76.7 Lite2=77.6 Lite3=79.8 Lite4=81.5
+    imagenet efficientnet-edgetpu-{last}.tar.gz
+        EdgeTPUS=77.23 EdgeTPUM=78.69 EdgeTPUL=80.62
+    imagenet21k v2/{name}-21k.tgz
+        V2B0=- V2B1=- V2B2=- V2B3=- V2S=- V2M=- V2L=- V2XL=-
+    imagenet21k-ft1k v2/{name}-21k-ft1k.tgz
+        V2B0=- V2B1=- V2B2=- V2B3=- V2S=84.9 V2M=86.2 V2L=86.9 V2XL=87.2
+"""
+_CHECKPOINT_FOLDER = "cloud-tpu-checkpoints/efficientnet"
+
+
+def _checkpoints() -> Iterable[WeightsSource]:
+    lines = _CHECKPOINTS.strip().splitlines()
+    for heading, models in zip(lines[::2], lines[1::2], strict=True):
+        weights, path = heading.split()
+        for entry in models.split():
+            suffix, top1 = entry.split("=")
+            spec = SPECS[f"EfficientNet{suffix}"]
+            file = path.format(name=spec.name, v1=suffix.lower(), last=suffix[-1])
+            yield WeightsSource(
+                model=spec.constructor,
+                weights=weights,
+                include_top=True,
+                path=f"{_CHECKPOINT_FOLDER}/{file}",
+                md5=None,
+                top1=None if top1 == "-" else float(top1),
+                source="google/automl" if suffix.startswith("V2") else "tensorflow/tpu",
+                preprocessing="advprop" if weights == "advprop" else None,
+            )
+
+
+SOURCES: tuple[WeightsSource, ...] = (*_keras_applications(), *_checkpoints())
+"""Every official file. `fetch_weights` can fetch those that have a published hash."""
 
 
 def list_weights(model: str = "*") -> list[WeightsSource]:
-    """Official files, in the order of the table.
+    """Official files: what exists for a variant, with its accuracy and its source.
 
     Args:
         model: Shell-style pattern (`*`, `?`, `[…]`) of constructor names, regardless of case.
@@ -181,12 +243,21 @@ def fetch_weights(
         Path of the verified file.
 
     Raises:
-        ValueError: If there is no such official file (the message lists those that exist), or
-            the base address is none.
+        ValueError: If there is no such official file (the message lists those that exist), if it
+            is a checkpoint without a published hash (the message says how to convert it), or the
+            base address is none.
         WeightsDownloadError: If the cache cannot be written, the address cannot be reached, or
             what came is not the published file. Nothing is left behind.
     """
     source = _find_source(model, weights, include_top)
+    if source.md5 is None:
+        option = f" --preprocessing {source.preprocessing}" if source.preprocessing else ""
+        raise ValueError(
+            f"The {weights!r} weights of {source.model} are published as a TensorFlow checkpoint "
+            f"without a hash to verify it by, so they are not fetched. Download {source.url} and "
+            f"run: keras-effnet convert-weights --weights {source.file_name} --model "
+            f"{source.model}{option} --output {SPECS[source.model].name}.keras"
+        )
     base_url = _checked_base_url(base_url)
     home = Path(cache_dir or os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
     folder = home / "models"
@@ -265,12 +336,15 @@ def locate_weights(
 
 def _find_source(model: str | ModelSpec, weights: str, include_top: bool) -> WeightsSource:
     constructor = (model if isinstance(model, ModelSpec) else get_spec(model)).constructor
-    wanted = (constructor, weights, bool(include_top))
     for source in SOURCES:
-        if (source.model, source.weights, source.include_top) == wanted:
+        # A checkpoint holds the classifier, and serves with and without it.
+        top = source.include_top if source.md5 is None else bool(include_top)
+        if (source.model, source.weights, source.include_top) == (constructor, weights, top):
             return source
     own = [
         f"weights={source.weights!r} with include_top={source.include_top}"
+        if source.md5
+        else f"{source.weights!r} as a checkpoint to convert"
         for source in SOURCES
         if source.model == constructor
     ]
@@ -388,7 +462,8 @@ def _refuse_other_formats(path: Path, start: bytes) -> None:
         return
     raise WeightsFileError(
         f"{str(path)!r} is {known}. Weights are read from files that Keras saved: legacy .h5, "
-        ".weights.h5 or .keras. Load it with the library that wrote it and save it from there."
+        ".weights.h5 or .keras. Convert it first, if it is an EfficientNet's of TensorFlow or "
+        "PyTorch (keras-effnet convert-weights), else save it from the library that wrote it."
     )
 
 
@@ -401,8 +476,77 @@ def _archive_member(path: Path) -> io.BytesIO:
     kind = "a PyTorch file" if torch else "an archive, but not one of Keras"
     raise WeightsFileError(
         f"{str(path)!r} is {kind}: it holds no 'model.weights.h5'. Weights are read from files "
-        "that Keras saved: legacy .h5, .weights.h5 or .keras."
+        "that Keras saved: legacy .h5, .weights.h5 or .keras. An EfficientNet of PyTorch can be "
+        "converted: keras-effnet convert-weights."
     )
+
+
+def read_spec(path: str | os.PathLike) -> ModelSpec | None:
+    """The spec that a converted `.keras` file holds: padding, preprocessing, crop and all.
+
+    Args:
+        path: Any weights file.
+
+    Returns:
+        The spec, or None if the file holds none.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        WeightsFileError: If the spec cannot be read.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no weights file {str(path)!r}.")
+    if not zipfile.is_zipfile(path):
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if SPEC_MEMBER not in archive.namelist():
+                return None
+            record = json.loads(archive.read(SPEC_MEMBER))
+        return ModelSpec.from_dict(record["spec"])
+    except (KeyError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise WeightsFileError(
+            f"The spec in {str(path)!r} ({SPEC_MEMBER}) cannot be read: {error}. It was written by "
+            "another version, or by somebody else."
+        ) from None
+
+
+def check_spec(spec: ModelSpec, path: Path, include_preprocessing: bool) -> None:
+    """Raises WeightsMismatchError if a converted file's weights need another graph than `spec`'s.
+
+    Padding and preprocessing leave no trace in names and shapes: with the wrong ones the weights
+    would load, and predict worse.
+    """
+    stored = read_spec(path)
+    if stored is None:
+        return
+
+    def needs(each: ModelSpec) -> dict[str, object]:
+        own = {
+            "padding": (each.padding, *(stage.padding for stage in each.stages)),
+            "bn_epsilon": each.bn_epsilon,
+        }
+        if "torch" not in own["padding"]:  # The others are equal in effect.
+            own["padding"] = "TensorFlow's"
+        if include_preprocessing:
+            own["preprocessing"] = tuple(
+                getattr(each.preprocessing, name) for name in ("scale", "offset", "mean", "std")
+            )
+        return own
+
+    wanted, built = needs(stored), needs(spec)
+    wrong = [
+        f"{name}: the weights need {wanted[name]}, the model has {built[name]}"
+        for name in wanted
+        if wanted[name] != built[name]
+    ]
+    if wrong:
+        raise WeightsMismatchError(
+            f"The weights of {str(path)!r} were made for another graph than that of "
+            f"{spec.constructor}; nothing was loaded. {'; '.join(wrong)}. Build it from the file's "
+            "own spec: create_model(keras_effnet.read_spec(path), weights=path, …)."
+        )
 
 
 def _read_hdf5(source: Path | io.BytesIO, origin: str) -> StoredWeights:
@@ -858,9 +1002,9 @@ def _check(model: keras.Model, targets: _Targets, weights: _Weights, stored: Sto
 
     lines = [
         f"The weights of {stored.origin!r} do not fit model {model.name!r}; nothing was loaded.",
-        *_listed("Missing in the file", missing),
-        *_listed("Unexpected, not in the model", unexpected),
-        *_listed("Misshapen", misshapen),
+        *listed("Missing in the file", missing),
+        *listed("Unexpected, not in the model", unexpected),
+        *listed("Misshapen", misshapen),
     ]
     variant = None if stored.by_counter else _variant_of(weights)
     if stored.by_counter:
@@ -880,35 +1024,39 @@ def _check(model: keras.Model, targets: _Targets, weights: _Weights, stored: Sto
     raise WeightsMismatchError("\n".join(lines))
 
 
-def _listed(title: str, items: Sequence[str]) -> list[str]:
+def listed(title: str, items: Sequence[str]) -> list[str]:
+    """A line of an error message that counts items and spells out the first; none for none."""
     if not items:
         return []
     more = f", … and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
     return [f"{title} ({len(items)}): {', '.join(items[:_LISTED])}{more}"]
 
 
-def _variant_of(weights: _Weights) -> ModelSpec | None:
-    """The variant of the table whose blocks and widths these weights have, or None.
+def variant_of(stored: StoredWeights) -> ModelSpec | None:
+    """The variant of the table whose layers a file of Keras has, or None."""
+    return None if stored.by_counter else _variant_of(stored.layers)
 
-    Blocks per stage tell all variants apart but a few, whose last convolutions differ in width.
-    """
-    blocks: dict[int, set[str]] = {}
-    for name in weights:
-        if match := re.match(r"block(\d+)([^_]+)_", name):
-            blocks.setdefault(int(match[1]), set()).add(match[2])
-    repeats = [len(blocks[stage]) for stage in sorted(blocks)]
-    stem = weights.get(STEM, {}).get("kernel")
-    top = weights.get("top_conv", {}).get("kernel")
-    if stem is None or top is None:
-        return None
+
+def _variant_of(weights: Mapping[str, Mapping[str, np.ndarray]]) -> ModelSpec | None:
+    """The variant of the table that has these convolutions in these widths, or None."""
+    kernels = {
+        name: kernel
+        for name, arrays in weights.items()
+        if _FAMILY.match(name) and (kernel := _kernel(arrays)) is not None and kernel.ndim == 4
+    }
+    kernels.pop(HEAD, None)
 
     def fits(spec: ModelSpec) -> bool:
-        # Rounding moves a width by less than the divisor; neighbours of equal depth differ by more.
-        widths = (stem.shape[-1], spec.stem_filters), (top.shape[-1], spec.top_filters)
-        return (
-            repeats == [math.ceil(spec.depth * stage.repeats) for stage in spec.stages]
-            and any(name.endswith(f"_{spec.depthwise_name}") for name in weights)
-            and all(abs(width - spec.width * base) < spec.depth_divisor for width, base in widths)
+        planned = {conv.name: conv for conv in resolve(spec).convolutions}
+        planned.pop(HEAD)
+        return kernels.keys() == planned.keys() and all(
+            conv.output_filters in kernels[name].shape[-2:] for name, conv in planned.items()
         )
 
     return next(filter(fits, SPECS.values()), None)
+
+
+def _kernel(arrays: Mapping[str, np.ndarray] | None) -> np.ndarray | None:
+    """The kernel of a layer, by its name or, where weights are numbered, by being the first."""
+    arrays = arrays or {}
+    return arrays.get("kernel", arrays.get("0"))

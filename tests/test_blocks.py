@@ -123,6 +123,37 @@ def test_explicit_padding_equals_same_padding(side, kernel_size):
     )
 
 
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_torch_padding_is_the_same_on_all_sides(side, kernel_size):
+    """Against the sum over a window, whose place in the image shows where padding went."""
+    x = RNG.normal(size=(1, side, side, 2)).astype("float32")
+    inputs = keras.Input((side, side, 2))
+    style = BlockStyle(padding="torch", activation="linear")
+    block = mbconv(inputs, 3, expand_ratio=1, kernel_size=kernel_size, strides=2, style=style)
+    model = keras.Model(inputs, block)
+    assert names(model)[:2] == ["dwconv_pad", "dwconv"]
+    depthwise = keras.Model(inputs, model.get_layer("dwconv").output)
+    depthwise.get_layer("dwconv").set_weights([np.ones((kernel_size, kernel_size, 2, 1))])
+    half = kernel_size // 2
+    padded = np.pad(x[0], ((half, half), (half, half), (0, 0)))
+    positions = range(0, side + 2 * half - kernel_size + 1, 2)
+    expected = [
+        [padded[i : i + kernel_size, j : j + kernel_size].sum((0, 1)) for j in positions]
+        for i in positions
+    ]
+    np.testing.assert_allclose(depthwise.predict(x, verbose=0)[0], expected, atol=FLOAT32_TOLERANCE)
+
+
+def test_blocks_take_an_inner_width_and_leave_the_skip_out():
+    inputs = keras.Input((8, 8, 16))
+    for block in (mbconv, fused_mbconv):
+        x = block(inputs, 16, expanded_filters=40, skip=False, se_ratio=0, name="b_")
+        model = keras.Model(inputs, x)
+        assert model.get_layer("b_expand_conv").filters == 40
+        assert "b_add" not in names(model)
+
+
 def test_drop_path_drops_whole_images_and_scales_the_rest():
     inputs = keras.Input((2, 2, 3))
     model = keras.Model(inputs, drop_path(inputs, 0.5, "drop"))

@@ -16,7 +16,13 @@ ROUND_TRIP_TOLERANCE = 1e-6
 # bfloat16 keeps 8 bits of a number, through 17 layers with batch norm.
 BFLOAT16_TOLERANCE = 0.05
 # Full-size variants take seconds each to build, and L2 gigabytes.
-SMALL = ("EfficientNetB0", "EfficientNetV2B0", "EfficientNetTiny")
+SMALL = (
+    "EfficientNetB0",
+    "EfficientNetV2B0",
+    "EfficientNetLite1",
+    "EfficientNetEdgeTPUM",
+    "EfficientNetTiny",
+)
 LARGE = tuple(name for name in SPECS if name not in SMALL)
 
 
@@ -122,6 +128,92 @@ def test_activation_and_squeeze_and_excite_choices():
     assert not any("_se_" in layer.name for layer in without.layers)
     wide = tiny(se_ratio=1.0)
     assert wide.get_layer("block2a_se_reduce").filters == 8, "block 2a reads 8 channels"
+
+
+def strided_layers(model):
+    """What pads and strides, by name: padding of the layer before, and of the layer itself."""
+    found = {}
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.ZeroPadding2D):
+            found[layer.name] = layer.padding
+        elif getattr(layer, "strides", (1, 1)) == (2, 2):
+            found[layer.name] = layer.padding
+    return found
+
+
+def test_torch_padding_changes_amounts_and_no_names():
+    explicit = tiny(input_shape=(32, 32, 3))
+    torch = tiny(input_shape=(32, 32, 3), padding="torch")
+    assert [layer.name for layer in torch.layers[1:]] == [
+        layer.name for layer in explicit.layers[1:]
+    ]
+    assert strided_layers(explicit)["block2a_dwconv_pad"] == ((0, 1), (0, 1))
+    assert strided_layers(torch)["block2a_dwconv_pad"] == ((1, 1), (1, 1))
+    assert strided_layers(torch)["block3a_dwconv_pad"] == ((2, 2), (2, 2))
+    assert tiny(padding="same").get_layer("block2a_dwconv").padding == "same"
+    with pytest.raises(ValueError, match="`padding` must be one of"):
+        tiny(padding="valid")
+
+
+def test_edgetpu_pads_as_its_strided_projections_sample():
+    """A fused block of the authors: 3x3 at stride 1, then a 1x1 at stride 2."""
+    spec = SPECS["EfficientNetEdgeTPUS"]
+    model = build(spec, input_shape=(32, 32, 3), include_preprocessing=False)
+    paddings = strided_layers(model)
+    assert paddings["stem_conv_pad"] == ((0, 1), (0, 1))
+    assert paddings["block2a_expand_conv_pad"] == ((1, 1), (1, 1))
+    assert paddings["block4a_dwconv_pad"] == ((1, 2), (1, 2))
+    assert "block1a_add" not in [layer.name for layer in model.layers]
+
+    inputs = model.get_layer("block1a_project_bn").output
+    ours = keras.Model(inputs, model.get_layer("block2a_project_bn").output)
+    weights = {layer.name: layer.get_weights() for layer in ours.layers}
+    x = keras.layers.Conv2D(192, 3, padding="same", use_bias=False, name="block2a_expand_conv")(
+        theirs_in := keras.Input(inputs.shape[1:])
+    )
+    x = keras.layers.BatchNormalization(epsilon=1e-3, name="block2a_expand_bn")(x)
+    x = keras.layers.Activation("relu")(x)
+    x = keras.layers.Conv2D(32, 1, 2, padding="same", use_bias=False, name="block2a_project_conv")(
+        x
+    )
+    x = keras.layers.BatchNormalization(epsilon=1e-3, name="block2a_project_bn")(x)
+    theirs = keras.Model(theirs_in, x)
+    for layer in theirs.layers:
+        if layer.weights:
+            layer.set_weights(weights[layer.name])
+    features = np.random.default_rng(0).normal(size=(2, *inputs.shape[1:])).astype("float32")
+    np.testing.assert_allclose(
+        ours.predict(features, verbose=0), theirs.predict(features, verbose=0), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("base", ["EfficientNetTiny", "EfficientNetV2B0"])
+def test_mobile_switch(base, tmp_path):
+    """Without squeeze-and-excite and swish, with what fits of weights that had them."""
+    arguments = {"input_shape": (32, 32, 3), "classes": 4}
+    source = create_model(base, weights=None, **arguments)
+    source.save_weights(tmp_path / "source.weights.h5")
+    excites = [layer.name for layer in source.layers if layer.name.endswith("_se_reduce")]
+    assert excites
+    with pytest.warns(UserWarning, match=f"{2 * len(excites)} squeeze-and-excite layers"):
+        mobile = create_model(
+            base,
+            weights=tmp_path / "source.weights.h5",
+            activation="hard_swish",
+            se_ratio=0,
+            **arguments,
+        )
+    for layer in mobile.layers:
+        for own, other in zip(
+            layer.get_weights(),
+            source.get_layer(layer.name).get_weights() if layer.weights else (),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(own, other)
+    assert mobile.get_layer("stem_activation").activation is keras.activations.hard_silu
+    relu6 = create_model(base, weights=None, activation="relu6", se_ratio=0, **arguments)
+    assert relu6.get_layer("top_activation").activation is keras.activations.relu6
+    assert not any("_se_" in layer.name for layer in relu6.layers)
 
 
 def test_dropout_rates():

@@ -17,15 +17,16 @@ ROOMS: dict[str, set[str]] = {
     "scaling": {"specs"},
     "blocks": {"scaling"},
     "preprocessing": {"specs"},
-    "weights": {"specs"},
+    "weights": {"scaling"},
     "builder": {"blocks", "preprocessing"},
     "models": {"builder", "weights"},
+    "conversion": {"builder", "weights"},
     "data": {"preprocessing"},
     "plotting": {"scaling"},
     "quantization": set(),
     "export": {"quantization"},
     # The public names.
-    "": {"models", "data", "version"},
+    "": {"models", "conversion", "data", "version"},
     "cli": {"", "export", "plotting"},
 }
 # Rooms that import the standard library and other such rooms alone.
@@ -40,6 +41,7 @@ NOT_LOADED = (
     "matplotlib",
     "onnx",
     "onnxruntime",
+    "safetensors",
     "sklearn",
     "tensorflow.lite",
     "tensorflow_model_optimization",

@@ -127,6 +127,60 @@ def test_parameters(name):
     assert resolve(name).parameters == TOTAL[name]
 
 
+# In millions. Lite: 4.652 and so on are what the official checkpoints hold without the moving
+# statistics; EdgeTPU: timm's counts of the same networks, to three digits after rounding.
+MOBILE = {
+    "EfficientNetLite0": 4.652,
+    "EfficientNetLite1": 5.416,
+    "EfficientNetLite2": 6.092,
+    "EfficientNetLite3": 8.197,
+    "EfficientNetLite4": 13.006,
+    "EfficientNetEdgeTPUS": 5.438,
+    "EfficientNetEdgeTPUM": 6.900,
+    "EfficientNetEdgeTPUL": 10.594,
+}
+MOBILE_TOLERANCE = 5e-4
+
+
+@pytest.mark.parametrize("name", MOBILE)
+def test_parameters_of_the_mobile_families(name):
+    counted = resolve(name).trainable_parameters / 1e6
+    assert counted == pytest.approx(MOBILE[name], rel=MOBILE_TOLERANCE)
+
+
+# What the Lite README counts beside the multiply-adds of the convolutions: batch norm and
+# activation, found to be three operations for each of their outputs in all five variants.
+LITE_ELEMENTWISE = 3
+
+
+@pytest.mark.parametrize("name", MOBILE)
+def test_multiply_adds_of_the_mobile_families(name):
+    plan = resolve(name)
+    counted = plan.multiply_adds
+    if "Lite" in name:
+        outputs = sum(conv.output_filters * conv.output_pixels for conv in plan.convolutions)
+        counted += LITE_ELEMENTWISE * outputs
+    published = plan.spec.published.multiply_adds * 1e9
+    assert counted == pytest.approx(published, rel=0.02)
+
+
+def test_lite_keeps_its_ends():
+    plan, base = resolve("EfficientNetLite4"), resolve("EfficientNetLite0")
+    assert plan.stem.output_filters == base.stem.output_filters == 32
+    assert plan.top.output_filters == base.top.output_filters == 1280
+    blocks = [block.stage for block in plan.blocks]
+    assert [blocks.count(stage) for stage in range(1, 8)] == [1, 4, 4, 6, 6, 8, 1]
+    # The first block reads what the fixed stem makes, though its own width is scaled.
+    assert plan.blocks[0].input_filters == plan.blocks[0].expanded_filters == 32
+
+
+def test_edgetpu_expands_from_its_declared_width_and_skips_nothing_in_stage_1():
+    first, second, *_ = resolve("EfficientNetEdgeTPUM").blocks
+    assert (first.input_filters, first.expanded_filters, first.output_filters) == (32, 96, 24)
+    assert (second.input_filters, second.expanded_filters, second.output_filters) == (24, 96, 24)
+    assert not first.has_skip and not second.has_skip
+
+
 def test_parameters_match_the_published_ones():
     for spec in SPECS.values():
         if spec.published:

@@ -149,7 +149,7 @@ def test_sources_hold_the_files_and_hashes_of_keras_applications():
         assert official.BASE_WEIGHTS_PATH == f"{weights.BASE_URL}/{folder}"
         for suffix, hashes in official.WEIGHTS_HASHES.items():
             model = prefix + suffix.removeprefix("-").upper()
-            found = weights.list_weights(model)
+            found = [source for source in weights.list_weights(model) if source.md5]
             assert [source.include_top for source in found] == [True, False]
             assert tuple(source.md5 for source in found) == hashes
             name = specs.get_spec(model).name
@@ -157,7 +157,40 @@ def test_sources_hold_the_files_and_hashes_of_keras_applications():
                 f"{folder}{name}.h5",
                 f"{folder}{name}_notop.h5",
             ]
-    assert len(weights.SOURCES) == 2 * 15
+    assert len([source for source in weights.SOURCES if source.md5]) == 2 * 15
+
+
+def test_checkpoints_of_the_authors_are_listed_with_their_accuracy():
+    found = {source.weights: source for source in weights.list_weights("EfficientNetB0")}
+    assert list(found) == ["imagenet", "baseline", "autoaugment", "advprop", "noisy-student"]
+    assert found["noisy-student"].url == (
+        "https://storage.googleapis.com/cloud-tpu-checkpoints/efficientnet/noisystudent/"
+        "noisy_student_efficientnet-b0.tar.gz"
+    )
+    assert (found["advprop"].top1, found["advprop"].preprocessing) == (77.6, "advprop")
+    assert found["baseline"].preprocessing is None
+    files = {(s.model, s.weights): s.path.rpartition("efficientnet/")[2] for s in weights.SOURCES}
+    assert files["EfficientNetLite4", "imagenet"] == "lite/efficientnet-lite4.tar.gz"
+    assert files["EfficientNetEdgeTPUL", "imagenet"] == "efficientnet-edgetpu-L.tar.gz"
+    assert files["EfficientNetV2XL", "imagenet21k-ft1k"] == "v2/efficientnetv2-xl-21k-ft1k.tgz"
+    assert files["EfficientNetL2", "noisy-student-475"].endswith("efficientnet-l2_475.tar.gz")
+    # Every variant but ours has something, and what has no hash has no row of its own twice.
+    assert {source.model for source in weights.SOURCES} == set(specs.SPECS) - {"EfficientNetTiny"}
+    keys = [(s.model, s.weights, s.include_top) for s in weights.SOURCES]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("include_top", [True, False])
+def test_a_checkpoint_without_a_hash_is_not_fetched_but_explained(include_top, server, tmp_path):
+    row = weights.WeightsSource(
+        "EfficientNetB0", "advprop", True, "a/b0.tar.gz", None, 77.6, "them", "advprop"
+    )
+    weights.SOURCES = (*weights.SOURCES, row)  # The fixture puts the true ones back.
+    with pytest.raises(ValueError, match="without a hash.*convert-weights --weights b0.tar.gz.*"):
+        weights.locate_weights("EfficientNetB0", "advprop", include_top)
+    with pytest.raises(ValueError, match="--preprocessing advprop --output efficientnetb0.keras"):
+        keras_effnet.EfficientNetB0(weights="advprop", include_top=include_top)
+    assert server.requests == [] and files_in(tmp_path) == []
 
 
 def test_list_weights_matches_patterns_regardless_of_case():
@@ -335,10 +368,12 @@ def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
 
 
 def test_variants_without_official_file_say_which_exist(tmp_path):
-    with pytest.raises(ValueError, match="no official file for EfficientNetB8.*none at all.*B7"):
+    with pytest.raises(ValueError, match="no official file for EfficientNetTiny.*none at all.*B7"):
+        weights.fetch_weights("EfficientNetTiny", cache_dir=tmp_path)
+    with pytest.raises(ValueError, match="EfficientNetB8: 'advprop' as a checkpoint to convert"):
         weights.fetch_weights("EfficientNetB8", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="EfficientNetB0: weights='imagenet' with include_top"):
-        weights.fetch_weights("EfficientNetB0", "noisy-student", cache_dir=tmp_path)
+        weights.fetch_weights("EfficientNetB0", "imagenet21k", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="Unknown model 'EfficientNetB9'"):
         weights.fetch_weights("EfficientNetB9", cache_dir=tmp_path)
     assert files_in(tmp_path) == []

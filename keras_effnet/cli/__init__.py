@@ -11,9 +11,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from keras_effnet.cli import common, export_onnx, export_tflite, family, quickstart, scale
+from keras_effnet.cli import (
+    common,
+    convert_weights,
+    export_onnx,
+    export_tflite,
+    family,
+    quickstart,
+    scale,
+)
 
-COMMANDS = (export_onnx, export_tflite, family, quickstart, scale)
+COMMANDS = (convert_weights, export_onnx, export_tflite, family, quickstart, scale)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

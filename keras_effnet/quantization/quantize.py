@@ -22,8 +22,6 @@ from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_ran
 from .ties import remove_ties, round_biases
 
 CORRECTIONS = ("swish_equalization", "linear_equalization", "learned_rounding", "bias_correction")
-# Learned rounding takes longer than all the rest and gains little beside the others.
-DEFAULT_CORRECTIONS = ("swish_equalization", "linear_equalization", "bias_correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +38,7 @@ class QuantizationConfig:
               the swish that follows them, exactly, for one more multiplication (`equalization`);
             - "linear_equalization": the same between linear layers, for nothing;
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
-              (`rounding`); needs a second pass over the data, and is not done by default;
+              (`rounding`); needs a second pass over the data, and about as long as all the rest;
             - "bias_correction": biases take up the mean of the rounding errors (`bias`).
         equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; or a tuple
             of layer names.
@@ -54,7 +52,7 @@ class QuantizationConfig:
     """
 
     method: str = "consumer"
-    corrections: tuple[str, ...] = DEFAULT_CORRECTIONS
+    corrections: tuple[str, ...] = CORRECTIONS
     equalize: str | tuple[str, ...] = "auto"
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()

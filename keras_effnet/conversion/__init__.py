@@ -1,0 +1,10 @@
+"""Weights of other projects as Keras models: TensorFlow checkpoints, PyTorch files, Keras files.
+
+`read_checkpoint` builds the model that a file belongs to and fills it, `convert_weights` writes it
+as one `.keras` file that also holds its spec.
+"""
+
+from .convert import PREPROCESSINGS, Conversion, convert_weights, read_checkpoint
+from .layouts import LAYOUTS
+
+__all__ = ["LAYOUTS", "PREPROCESSINGS", "Conversion", "convert_weights", "read_checkpoint"]
