@@ -25,8 +25,8 @@ def consumer_of(graph: Graph, name: str) -> Consumer:
             swish = [other for other in products if name in other.inputs]
             function = "swish" if swish else "sigmoid"
             target = swish[0].name if swish else reader.name
-        elif reader.op == "hard_swish":
-            function, target = "hard_swish", reader.name
+        elif reader.op in ("hard_swish", "softmax"):
+            function, target = reader.op, reader.name
         elif reader.op == "scale":
             gate = graph.consumers(reader.name)[0]
             product = graph.consumers(gate.name)[0]

@@ -26,8 +26,8 @@ class Consumer:
     """What reads a tensor: the error of a range is measured after it.
 
     Attributes:
-        function: "identity", "swish", "sigmoid", "hard_swish", or "gate": the sigmoid of a swish
-            whose other factor is not rounded with it.
+        function: "identity", "swish", "sigmoid", "hard_swish", "softmax" (over the channels), or
+            "gate": the sigmoid of a swish whose other factor is not rounded with it.
         importance: Weight of the squared error of each channel, shape (channels,).
         slope: Factor of each channel inside the sigmoid of a swish, shape (channels,).
     """
@@ -94,6 +94,32 @@ def _percentiles(values, weights):
     return values[order[np.minimum(positions, len(order) - 1)]]
 
 
+def _round(values, low, high):
+    scale = np.float32((high - low) / 255)
+    zero = np.round(-low / scale)
+    return np.clip(np.floor(values / scale + np.float32(0.5)), -zero, 255 - zero) * scale
+
+
+class _Scores:
+    """Weighted rows of scores, and what their rounding does to the probabilities.
+
+    Only the largest scores of an image matter, so the range may cut the others off.
+    """
+
+    def __init__(self, rows, weights):
+        self.rows, self.weights = rows, weights
+        self.exact = self._softmax(rows)
+
+    @staticmethod
+    def _softmax(rows):
+        powers = np.exp(rows - rows.max(axis=1, keepdims=True))
+        return powers / powers.sum(axis=1, keepdims=True)
+
+    def error(self, low, high):
+        difference = self._softmax(_round(self.rows, low, high)) - self.exact
+        return float(self.weights @ np.sum(difference * difference, axis=1))
+
+
 class _Points:
     """Weighted values that stand for a tensor, and the error that their rounding makes."""
 
@@ -113,16 +139,15 @@ class _Points:
         return (self.values if self.function == "gate" else values) * gates
 
     def error(self, low, high):
-        scale = np.float32((high - low) / 255)
-        zero = np.round(-low / scale)
-        steps = np.clip(np.floor(self.values / scale + np.float32(0.5)), -zero, 255 - zero)
-        difference = self._apply(steps * scale) - self.exact
+        difference = self._apply(_round(self.values, low, high)) - self.exact
         return float(np.dot(difference * difference, self.weights))
 
 
 def _points(statistics, consumer, method):
     sample = statistics.sample
     plain = method == "mse"
+    if consumer.function == "softmax" and not plain:
+        return _Scores(sample, statistics.weights)
     order = np.argsort(sample, axis=None)
     if order.size > SEARCH_POINTS:
         middle = order[TAIL_POINTS:-TAIL_POINTS]

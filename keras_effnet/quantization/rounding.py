@@ -24,8 +24,7 @@ from .lowering import tensor_params
 from .params import KERNEL_MAX, kernel_scales
 
 # Part of the mean variance that is added to every variance: directions that the photographs hardly
-# show keep their weights. A tenth of it does as well on the photographs that it was learned from, and
-# worse on others.
+# show keep their weights. With a tenth of it the kernels suit other photographs less.
 DAMPING = 0.1
 # Places of one image whose inputs are looked at, at most. Four times as many change nothing.
 PLACES_PER_IMAGE = 64

@@ -154,3 +154,16 @@ def test_unknown_methods_are_named():
     with pytest.raises(ValueError, match="Unknown range method.*'magic'"):
         found([[1.0]], "magic")
     assert isinstance(found([[1.0]], "min_max"), QuantParams)
+
+
+def test_scores_are_measured_behind_the_softmax():
+    generator = np.random.default_rng(0)
+    rows = generator.normal(-20, 3, (200, 5))
+    first, second = rows[:, 0], rows[:, 1]
+    first[:] = generator.uniform(2, 6, 200)
+    second[:] = first - generator.uniform(0, 4, 200)
+    scores = found(rows, "consumer", consumer("softmax", np.ones(5)))
+    plain = found(rows, "consumer", consumer("identity", np.ones(5)))
+    # Probabilities below exp(-10) do not show in 256 levels, so the range is cut off there.
+    assert -12 < scores.min < -4 and plain.min < -18
+    assert scores.max == pytest.approx(6, abs=0.2)
