@@ -252,7 +252,7 @@ def test_graph_does_not_depend_on_weights(name, tmp_path, monkeypatch):
         # Half a gigabyte and more a file: here the loading alone is left out.
         path = tmp_path / "unread.weights.h5"
         path.touch()
-        monkeypatch.setattr("keras_effnet.models.load_weights", lambda model, source: None)
+        monkeypatch.setattr("keras_effnet.models.load_weights", lambda *_, **__: None)
     keras.backend.clear_session()
     empty = graph(create_model(name, weights=None, classes=3))
     keras.backend.clear_session()
