@@ -9,6 +9,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from reference_networks import write_checkpoint
 
 from keras_effnet import convert_weights, read_checkpoint, read_spec, resolve
 from keras_effnet.cli import main
@@ -32,16 +33,6 @@ def values(layout="timm", classes=3, spec=SPEC):
 
 def tensors(state):
     return {name: torch.from_numpy(value) for name, value in state.items()}
-
-
-def checkpoint(prefix, state):
-    tf.raw_ops.SaveV2(
-        prefix=str(prefix),
-        tensor_names=list(state),
-        shape_and_slices=[""] * len(state),
-        tensors=list(state.values()),
-    )
-    return prefix
 
 
 @pytest.fixture
@@ -155,7 +146,7 @@ def test_half_a_download(form, share, tmp_path):
         path = tmp_path / "model.keras"
         keras.Model(inputs, keras.layers.Dense(50)(inputs)).save(path)
     else:
-        prefix = checkpoint(tmp_path / "model.ckpt", values("tensorflow"))
+        prefix = write_checkpoint(tmp_path / "model.ckpt", values("tensorflow"))
         if form == "data":
             path = prefix.with_name("model.ckpt.data-00000-of-00001")
         else:
@@ -169,7 +160,7 @@ def test_half_a_download(form, share, tmp_path):
 
 
 def test_a_checkpoint_without_its_data(tmp_path):
-    prefix = checkpoint(tmp_path / "model.ckpt", values("tensorflow"))
+    prefix = write_checkpoint(tmp_path / "model.ckpt", values("tensorflow"))
     prefix.with_name("model.ckpt.data-00000-of-00001").unlink()
     refused(prefix, WeightsFileError, "damaged or incomplete", tmp_path, model=SPEC, ema=False)
 
@@ -178,7 +169,7 @@ def test_folders_and_other_files(tmp_path):
     refused(tmp_path / "no.pth", FileNotFoundError, "no file, folder or TensorFlow", tmp_path)
     refused(tmp_path, WeightsFileError, "holds no TensorFlow checkpoints", tmp_path)
     for name in "ab":
-        checkpoint(tmp_path / f"{name}.ckpt", {"x": np.zeros(2, "float32")})
+        write_checkpoint(tmp_path / f"{name}.ckpt", {"x": np.zeros(2, "float32")})
     refused(tmp_path, WeightsFileError, "holds 2 TensorFlow checkpoints: a.ckpt, b.ckpt", tmp_path)
     text = tmp_path / "readme.txt"
     text.write_text("weights")

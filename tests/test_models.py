@@ -11,6 +11,7 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+from batch_norms import settle
 
 import keras_effnet
 from keras_effnet import create_model, freeze, freeze_batch_norms, list_models, replace_head
@@ -46,21 +47,6 @@ def randomize(model, seed=0):
     for layer in model.layers:
         if isinstance(layer, keras.layers.BatchNormalization):
             layer.set_weights([rng.uniform(0.8, 1.2, w.shape) for w in layer.get_weights()])
-
-
-def settle(model, x):
-    """Gives every batch norm the statistics of what it reads for `x`.
-
-    Under random statistics the activations of a deep network grow until the gates of its
-    squeeze-and-excites are 0 or 1 by chance of rounding, which no two backends share.
-    """
-    norms = [x for x in model.layers if isinstance(x, keras.layers.BatchNormalization)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.momentum = 0.0
-    model(x, training=True)
-    for norm in norms:
-        norm.momentum = momentum
 
 
 def temper(model, x):

@@ -9,6 +9,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
+from batch_norms import settle
 from PIL import Image
 
 from keras_effnet import build, resolve
@@ -54,13 +55,7 @@ def photographs(shared):
 def settled(spec, images):
     """A model whose batch norms know what they read, and whose classes are all possible."""
     model = build(spec, classes=CLASSES, input_shape=(SIDE, SIDE, 3))
-    norms = [each for each in model.layers if isinstance(each, keras.layers.BatchNormalization)]
-    momentum = norms[0].momentum
-    for norm in norms:
-        norm.momentum = 0.0
-    model(images, training=True)
-    for norm in norms:
-        norm.momentum = momentum
+    settle(model, images)
     pooled = keras.Model(model.inputs, model.get_layer("avg_pool").output)
     head = model.get_layer("predictions")
     kernel, _ = head.get_weights()

@@ -156,14 +156,22 @@ def test_unknown_methods_are_named():
     assert isinstance(found([[1.0]], "min_max"), QuantParams)
 
 
+def softmax(rows):
+    powers = np.exp(rows - rows.max(axis=1, keepdims=True))
+    return powers / powers.sum(axis=1, keepdims=True)
+
+
 def test_scores_are_measured_behind_the_softmax():
+    # Negative throughout, and two of five decide: a range for swishes would cut those off.
     generator = np.random.default_rng(0)
-    rows = generator.normal(-20, 3, (200, 5))
-    first, second = rows[:, 0], rows[:, 1]
-    first[:] = generator.uniform(2, 6, 200)
-    second[:] = first - generator.uniform(0, 4, 200)
-    scores = found(rows, "consumer", consumer("softmax", np.ones(5)))
-    plain = found(rows, "consumer", consumer("identity", np.ones(5)))
-    # Probabilities below exp(-10) do not show in 256 levels, so the range is cut off there.
-    assert -12 < scores.min < -4 and plain.min < -18
-    assert scores.max == pytest.approx(6, abs=0.2)
+    rows = generator.normal(-30, 3, (200, 5))
+    rows[:, 0] = generator.uniform(-12, -8, 200)
+    rows[:, 1] = rows[:, 0] - generator.uniform(0, 4, 200)
+    params = found(rows, "consumer", consumer("softmax", np.ones(5)))
+    tried = [QuantParams.from_range(low, 0.0) for low in np.linspace(-42, -2, 81)]
+    errors = [squared_error(rows, each, softmax) for each in tried]
+    assert squared_error(rows, params, softmax) < 1.1 * min(errors)
+    # Neither the squared error of the scores themselves nor a swish's finds it.
+    for function in ("identity", "swish"):
+        other = found(rows, "consumer", consumer(function, np.ones(5)))
+        assert squared_error(rows, other, softmax) > 1.5 * min(errors)
