@@ -181,7 +181,7 @@ def made(case, side, width, depth, classes=7, seed=0):
     return tensors.values, output
 
 
-def write_checkpoint(prefix, values, averaged=True):
+def write_trained(prefix, values, averaged=True):
     """A checkpoint of TensorFlow 1 with what training leaves beside the weights."""
     stored = {"global_step": np.array(1000, "int64")}
     for name, value in values.items():
@@ -197,7 +197,7 @@ def write_checkpoint(prefix, values, averaged=True):
 def write(case, values, folder):
     """The file of a project, under a name that it would have there."""
     if case.layout == "tensorflow":
-        return reference.write_checkpoint(folder / "model.ckpt", values)
+        return write_trained(folder / "model.ckpt", values)
     if case.layout.startswith("timm"):
         from safetensors.numpy import save_file
 
@@ -451,7 +451,7 @@ def test_advprop_has_its_own_transform(thin_tensorflow):
 def test_heads_of_any_size(classes, tmp_path):
     case = CASES[0]
     values, expected = made(case, SIDE, classes=classes, **THIN)
-    path = write_checkpoint(tmp_path / "model.ckpt", values)
+    path = write_trained(tmp_path / "model.ckpt", values)
     converted = read_checkpoint(path, model=thin("EfficientNetB0"))
     assert converted.model.output_shape == (None, classes)
     np.testing.assert_allclose(probabilities(converted.model, SIDE), expected, atol=TOLERANCE)
@@ -491,7 +491,7 @@ def test_the_average_is_taken_unless_the_last_step_is_asked_for(thin_tensorflow,
     np.testing.assert_array_equal(
         last.model.get_layer("stem_conv").get_weights()[0], values[name] + np.float32(1)
     )
-    raw = write_checkpoint(tmp_path / "raw.ckpt", values, averaged=False)
+    raw = write_trained(tmp_path / "raw.ckpt", values, averaged=False)
     with pytest.raises(WeightsMismatchError, match="moving average.*\nWithout one.*\n.*--no-ema"):
         read_checkpoint(raw, model=thin("EfficientNetB0"))
     read_checkpoint(raw, model=thin("EfficientNetB0"), ema=False)

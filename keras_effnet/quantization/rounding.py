@@ -97,9 +97,7 @@ class _Moments(keras.layers.Layer):
             slice(start * step, start * step + (size - 1) * stride + 1, stride)
             for start, step, size, stride in zip(starts, dilation, sizes, strides, strict=True)
         )
-        return ops.reshape(
-            inputs[:, rows, columns, :], (ops.shape(inputs)[0], -1, self.channels)
-        )
+        return ops.reshape(inputs[:, rows, columns, :], (ops.shape(inputs)[0], -1, self.channels))
 
     def compute_output_spec(self, inputs):
         return [
