@@ -16,7 +16,6 @@ from keras import ops
 
 from .build import RANGE_SUFFIX, build_model
 from .calibration import calibration_batches
-from .equalization import linear_chains
 from .fake_quant import FakeQuant
 from .files import write_json
 from .folding import fold
@@ -423,7 +422,7 @@ def _float_twin(model: keras.Model, graph: Graph) -> tuple[Graph, Graph]:
             f"the float model that it was made of. Received: {model.name!r} and {graph.name!r}; "
             f"layers of one alone: {differing}"
         )
-    _divide_channels(exact, graph)
+    _divide_channels(exact)
     return exact, plain
 
 
@@ -447,25 +446,18 @@ def _insert_scale(exact: Graph, graph: Graph, node: Node) -> None:
     gate.inputs = [scale.name]
 
 
-def _divide_channels(exact: Graph, graph: Graph) -> None:
+def _divide_channels(exact: Graph) -> None:
     """Divides the channels of a float graph by the factors of the equalized one, exactly.
 
-    The factors of swishes stand in the quantized graph. Those of linear layers do not, so they are
-    the ratio of the kernels, which rounding changes little. Any factors leave the outputs alone.
+    The factors stand in the quantized graph, in the "scale" nodes before the gates of the swishes.
     """
     factors = {}
-    first = {}
-    for chain in linear_chains(exact):
-        maker = next(node.name for node in graph.kernel_nodes() if node.name in chain)
-        first.update(dict.fromkeys(chain, maker))
     for node in exact:
         ones = np.ones(node.shape[-1])
         if node.op in KERNEL_OPS:
-            own = _own_factors(node, exact, graph, factors, first)
-            factors[node.name] = ones if own is None else own
+            scales = [reader for reader in exact.consumers(node.name) if reader.op == "scale"]
+            factors[node.name] = scales[0].weights["factors"].astype(np.float64) if scales else ones
             _rescale(node, factors)
-        elif node.name in first:  # A sum, or the dropout before it.
-            factors[node.name] = factors[first[node.name]]
         elif node.op == "mul":
             gated = [factors[name] for name in node.inputs]
             factors[node.name] = gated[0] * gated[1]
@@ -473,24 +465,6 @@ def _divide_channels(exact: Graph, graph: Graph) -> None:
             factors[node.name] = factors[node.inputs[0]]
         else:
             factors[node.name] = ones
-
-
-def _own_factors(node, exact, graph, factors, first):
-    scales = [reader for reader in exact.consumers(node.name) if reader.op == "scale"]
-    if scales:
-        return scales[0].weights["factors"].astype(np.float64)
-    maker = first.get(node.name)
-    if maker is None:
-        return None
-    if maker in factors:
-        return factors[maker]
-    # Projected on the float kernel, the errors of its many weights average out.
-    kernel = _times_inputs(node, factors[node.inputs[0]])
-    axes = (0, 1, 3) if node.op == "depthwise" else tuple(range(kernel.ndim - 1))
-    rounded = graph[node.name].weights["kernel"].astype(np.float64)
-    power, product = np.sum(kernel**2, axis=axes), np.sum(kernel * rounded, axis=axes)
-    usable = (power > 0) & (product > 0)
-    return np.where(usable, power / np.where(usable, product, 1), 1.0)
 
 
 def _times_inputs(node, factors):

@@ -3,6 +3,7 @@
 import keras
 
 from .fake_quant import (
+    FIXED_RANGES,
     ChannelScale,
     Dequantize,
     FakeQuant,
@@ -12,7 +13,8 @@ from .fake_quant import (
     QuantizedDepthwiseConv2D,
 )
 from .graph import Graph, Node
-from .scheme import FIXED, OUTPUT_RULES
+from .lowering import tensor_params
+from .scheme import FIXED, OUTPUT_RULES, shared_ranges
 
 RANGE_SUFFIX = "_range"
 
@@ -22,6 +24,7 @@ def build_model(
     quantized: bool,
     observed: tuple[str, ...] | None = None,
     range_layer: type[FakeQuant] = FakeQuant,
+    training_ranges: str = FIXED_RANGES,
 ):
     """Builds a Keras model that computes a folded graph.
 
@@ -33,11 +36,15 @@ def build_model(
         observed: Names of the nodes whose tensors are the outputs of the model; by default the
             outputs of the graph.
         range_layer: Type of the layers through which quantized tensors pass.
+        training_ranges: What training does to ranges, as `FakeQuant` takes it. Ranges that several
+            tensors share stay fixed.
 
     Returns:
         A Functional `keras.Model` whose layers have the names of the nodes, with new weights.
     """
     tensors = {}
+    groups = shared_ranges(graph) if quantized else []
+    shared = {name for group in groups if len(group) > 1 for name in group}
     for node in graph:
         if node.op == "input":
             image = tensors[node.name] = keras.Input(node.shape, name=node.name)
@@ -50,12 +57,13 @@ def build_model(
                     else tensor
                     for number, (name, tensor) in enumerate(zip(node.inputs, inputs, strict=True))
                 ]
-            tensors[node.name] = _apply(node, inputs, quantized and not node.is_float)
+            tensors[node.name] = _apply(graph, node, inputs, quantized and not node.is_float)
         if quantized and node.params is not None:
             layer = range_layer(
                 node.params.min,
                 node.params.max,
                 fixed=OUTPUT_RULES[node.op] == FIXED or node.op == "input",
+                ranges=FIXED_RANGES if node.name in shared else training_ranges,
                 name=node.name + RANGE_SUFFIX,
             )
             tensors[node.name] = layer(tensors[node.name])
@@ -66,20 +74,17 @@ def build_model(
 
 
 def _is_quantized(graph: Graph, name: str) -> bool:
-    node = graph[name]
-    if OUTPUT_RULES[node.op] == "same" and not node.is_float:
-        return _is_quantized(graph, node.inputs[0])
-    return node.params is not None
+    return tensor_params(graph, name) is not None
 
 
-def _apply(node: Node, inputs: list, quantized: bool):
+def _apply(graph: Graph, node: Node, inputs: list, quantized: bool):
     if node.op in ("conv", "depthwise", "dense"):
-        return _apply_kernel(node, inputs[0], quantized)
+        return _apply_kernel(graph, node, inputs[0], quantized)
     layer = _LAYERS[node.op](node)
     return layer(inputs if len(inputs) > 1 else inputs[0])
 
 
-def _apply_kernel(node: Node, tensor, quantized: bool):
+def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool):
     kernel = node.weights["kernel"]
     if node.op == "dense":
         if quantized:
@@ -110,10 +115,13 @@ def _apply_kernel(node: Node, tensor, quantized: bool):
             arguments.update(filters=kernel.shape[3], groups=node.attrs["groups"])
         layer = kind(**arguments)
     output = layer(tensor)
-    layer.kernel.assign(kernel)
-    layer.bias.assign(node.weights["bias"])
     if quantized:
-        layer.kernel_limits.assign(node.weights["limits"])
+        source = tensor_params(graph, node.inputs[0])
+        reach = 1.0 if source is None else max(-source.min, source.max)
+        layer.set_real(kernel, node.weights["bias"], node.weights["limits"], reach)
+    else:
+        layer.kernel.assign(kernel)
+        layer.bias.assign(node.weights["bias"])
     return output
 
 

@@ -6,6 +6,15 @@ as `keras.quantizers.fake_quant_with_min_max_vars` defines them.
 
 That function drops its arguments when it is applied to a symbolic Keras tensor, so it is used
 inside `Layer.call` alone.
+
+What is trained is stored in units of its own range: kernels in units of the limit of their channel,
+biases in that of a kernel whose input is as large as the largest, ranges in that of their width.
+Folded and equalized channels differ by factors of thousands, and an optimizer such as Adam moves
+every variable by about its learning rate: a rate that is right for one channel would wreck another.
+In these units the usual rates fit all: 1e-4 is 1/80 of a kernel's step. Units are powers of two, so
+that the real values are exact.
+
+Rounding stays in float32 under mixed precision.
 """
 
 import keras
@@ -17,12 +26,36 @@ from .params import KERNEL_MAX, UNIT_INTERVAL, QuantParams
 PACKAGE = "keras_effnet"
 
 
+# How training treats ranges.
+FIXED_RANGES, MOVING_AVERAGE, LEARNED = "fixed", "moving_average", "learned"
+TRAINING_RANGES = (FIXED_RANGES, MOVING_AVERAGE, LEARNED)
+# Share of the old range that one batch leaves, of a range that follows the batches.
+RANGE_MOMENTUM = 0.99
+# A learned range keeps at least this part of its first width: it never collapses.
+LEAST_WIDTH = 1 / 256
+
+
+def power_of_two(values) -> np.ndarray:
+    """Returns the smallest powers of two that are not below positive numbers, float32."""
+    return np.exp2(np.ceil(np.log2(np.asarray(values, np.float64)))).astype(np.float32)
+
+
 def _fake_quant_kernel(kernel, limits, axis):
     # Apart from TensorFlow's, the backends of Keras quantize along the last axis alone.
     rounded = keras.quantizers.fake_quant_with_min_max_vars(
         ops.swapaxes(kernel, axis, -1), -limits, limits, num_bits=8, narrow_range=True, axis=-1
     )
     return ops.swapaxes(rounded, axis, -1)
+
+
+class _Beyond(keras.constraints.Constraint):
+    """Keeps a bound on its side of 0, at least so far away."""
+
+    def __init__(self, sign, least):
+        self.sign, self.least = sign, least
+
+    def __call__(self, value):
+        return self.sign * ops.maximum(self.sign * value, self.least)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -33,9 +66,13 @@ class FakeQuant(keras.layers.Layer):
         minimum: Initial smallest real value, at most 0.
         maximum: Initial largest real value, at least 0.
         fixed: Whether the range belongs to the operation (logistic and softmax outputs, pixels)
-            and must never be trained.
-        trainable: Whether training moves the range.
+            and never moves.
+        ranges: What training does to the range: "fixed" leaves it; "moving_average" lets it follow
+            the extremes of the batches until it is frozen (`FreezeRanges`); "learned" trains it by
+            the gradient of the values that it clips (PACT, Choi et al., 2018, section 3,
+            https://arxiv.org/abs/1805.06085).
         name: Name of the layer.
+        dtype: Dtype policy. Rounding is done in float32 whatever it is.
 
     Call arguments:
         inputs: Float tensor of any shape.
@@ -43,32 +80,85 @@ class FakeQuant(keras.layers.Layer):
     Returns:
         A tensor of the same shape and dtype.
 
+    Raises:
+        ValueError: If the range is not finite, is empty or does not contain 0, or `ranges` is
+            unknown.
+
     Source: TFLite 8-bit quantization specification; Jacob et al., 2018, section 3
     (https://arxiv.org/abs/1712.05877).
     """
 
-    def __init__(self, minimum, maximum, fixed=False, trainable=False, name=None):
-        super().__init__(name=name, trainable=trainable and not fixed)
+    def __init__(self, minimum, maximum, fixed=False, ranges=FIXED_RANGES, name=None, dtype=None):
         # Refuses an unusable range before a model is built on it.
         QuantParams.from_range(minimum, maximum)
+        if ranges not in TRAINING_RANGES:
+            raise ValueError(f"`ranges` must be one of {TRAINING_RANGES}. Received: {ranges!r}")
+        self.ranges = FIXED_RANGES if fixed else ranges
+        super().__init__(name=name, dtype=dtype, trainable=self.ranges == LEARNED)
         self.initial_minimum = float(minimum)
         self.initial_maximum = float(maximum)
         self.fixed = fixed
+        self.unit = float(power_of_two(maximum - minimum))
 
     def build(self, input_shape):
-        self.minimum = self.add_weight(
+        # The bound that is farther from 0 stays away from it, so that the range never collapses.
+        least = LEAST_WIDTH * (self.initial_maximum - self.initial_minimum) / self.unit
+        negative = -self.initial_minimum > self.initial_maximum
+        self.minimum = self._add_bound("minimum", self.initial_minimum, -1, least * negative)
+        self.maximum = self._add_bound("maximum", self.initial_maximum, 1, least * (not negative))
+        if self.ranges == MOVING_AVERAGE:
+            self.moving = self.add_weight(
+                shape=(), initializer="ones", trainable=False, autocast=False, name="moving"
+            )
+
+    def _add_bound(self, name, value, sign, least):
+        return self.add_weight(
             shape=(),
-            initializer=keras.initializers.Constant(self.initial_minimum),
-            name="minimum",
-        )
-        self.maximum = self.add_weight(
-            shape=(),
-            initializer=keras.initializers.Constant(self.initial_maximum),
-            name="maximum",
+            initializer=keras.initializers.Constant(value / self.unit),
+            constraint=_Beyond(sign, least),
+            trainable=self.ranges == LEARNED,
+            autocast=False,
+            # Replicas that see different batches agree on one range.
+            aggregation="mean",
+            name=name,
         )
 
-    def call(self, inputs):
-        return keras.quantizers.fake_quant_with_min_max_vars(inputs, self.minimum, self.maximum)
+    def call(self, inputs, training=None):
+        values = ops.cast(inputs, "float32")
+        if self.ranges == MOVING_AVERAGE and training:
+            self._follow(values)
+        rounded = keras.quantizers.fake_quant_with_min_max_vars(
+            values, self.minimum * self.unit, self.maximum * self.unit
+        )
+        return ops.cast(rounded, inputs.dtype)
+
+    def _follow(self, values):
+        share = (1 - RANGE_MOMENTUM) * self.moving
+        low = ops.minimum(ops.min(values) / self.unit, 0.0)
+        high = ops.maximum(ops.max(values) / self.unit, 0.0)
+        self.minimum.assign(self.minimum + share * (low - self.minimum))
+        self.maximum.assign(self.maximum + share * (high - self.maximum))
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether the range follows the batches in training."""
+        return self.ranges == MOVING_AVERAGE and float(ops.convert_to_numpy(self.moving)) > 0
+
+    def freeze(self):
+        """Stops a range that follows the batches."""
+        if self.ranges == MOVING_AVERAGE:
+            self.moving.assign(0.0)
+
+    def set_range(self, minimum, maximum):
+        """Sets the range, in real values."""
+        QuantParams.from_range(minimum, maximum)
+        self.minimum.assign(minimum / self.unit)
+        self.maximum.assign(maximum / self.unit)
+
+    def real_range(self) -> tuple[float, float]:
+        """Returns the smallest and the largest real value."""
+        low, high = (ops.convert_to_numpy(value) for value in (self.minimum, self.maximum))
+        return float(low * np.float32(self.unit)), float(high * np.float32(self.unit))
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -76,19 +166,17 @@ class FakeQuant(keras.layers.Layer):
     @property
     def params(self) -> QuantParams:
         """The scale and zero point of the tensor."""
-        return QuantParams.from_range(
-            float(ops.convert_to_numpy(self.minimum)), float(ops.convert_to_numpy(self.maximum))
-        )
+        return QuantParams.from_range(*self.real_range())
 
     def get_config(self):
-        config = {
+        return {
             "name": self.name,
             "minimum": self.initial_minimum,
             "maximum": self.initial_maximum,
             "fixed": self.fixed,
-            "trainable": self.trainable,
+            "ranges": self.ranges,
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
         }
-        return config
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -178,19 +266,38 @@ class PixelShift(keras.layers.Layer):
 
 
 class _QuantizedKernel:
-    """What the layers with quantized kernels share: the limits of the kernel."""
+    """What the layers with quantized kernels share: units and limits of the kernel."""
 
     # Axis of the kernel that holds the output channels.
     channel_axis = -1
 
-    def _build_limits(self, channels):
-        self.kernel_limits = self.add_weight(
-            shape=(channels,), initializer="ones", trainable=False, name="kernel_limits"
-        )
+    def add_weight(self, *args, **kwargs):
+        # Kernels are rounded in float32, whatever the layer computes in.
+        return super().add_weight(*args, autocast=False, **kwargs)
+
+    def _build_limits(self, channels, filters):
+        def constant(name, shape):
+            return self.add_weight(shape=(shape,), initializer="ones", trainable=False, name=name)
+
+        self.kernel_limits = constant("kernel_limits", channels)
+        self.kernel_unit = constant("kernel_unit", channels)
+        self.bias_unit = constant("bias_unit", filters)
+
+    def along_kernel(self, values):
+        """Returns one value for each channel in a shape that broadcasts against the kernel."""
+        # The channels of a depthwise kernel stand before its last axis.
+        return values if self.channel_axis == -1 else values[:, None]
+
+    def _compute(self, inputs, operation):
+        """Applies `operation(inputs, kernel)`, the bias and the activation."""
+        outputs = operation(inputs, ops.cast(self.quantized_kernel(), inputs.dtype))
+        bias = ops.cast(self.bias * self.bias_unit, outputs.dtype)
+        return self.activation(ops.add(outputs, bias))
 
     def quantized_kernel(self):
-        """Returns the kernel rounded to the integers of its limits, in float."""
-        return _fake_quant_kernel(self.kernel, self.kernel_limits, self.channel_axis)
+        """Returns the kernel rounded to the integers of its limits, in real values, float32."""
+        kernel = self.kernel * self.along_kernel(self.kernel_unit)
+        return _fake_quant_kernel(kernel, self.kernel_limits, self.channel_axis)
 
     # The convolutions of Keras save their kernel and bias alone; the limits belong to them too.
     def save_own_variables(self, store):
@@ -199,13 +306,34 @@ class _QuantizedKernel:
     def load_own_variables(self, store):
         keras.layers.Layer.load_own_variables(self, store)
 
-    def fit_limits(self):
-        """Sets the limits to the largest magnitude of each channel of the present kernel."""
-        kernel = np.abs(ops.convert_to_numpy(self.kernel))
-        axes = tuple(axis for axis in range(kernel.ndim) if axis != self.channel_axis % kernel.ndim)
-        limits = kernel.max(axis=axes)
-        # A dead channel may take any limit: it holds zeros.
-        self.kernel_limits.assign(np.where(limits > 0, limits, 1.0))
+    def set_real(self, kernel, bias, limits=None, input_reach=None):
+        """Sets kernel and bias, in real values.
+
+        Args:
+            kernel: Array of the kernel's shape.
+            bias: Array of the bias' shape.
+            limits: Largest magnitudes of the channels of the kernel; by default they stay.
+            input_reach: Largest magnitude of the layer's input. Given with the limits it renews the
+                units, so that the optimizer's slots of a model in training fit no more.
+        """
+        if limits is not None:
+            self.kernel_limits.assign(limits)
+        if input_reach is not None:
+            unit = power_of_two(ops.convert_to_numpy(self.kernel_limits))
+            self.kernel_unit.assign(unit)
+            self.bias_unit.assign(np.broadcast_to(unit * power_of_two(input_reach), bias.shape))
+        unit = self.along_kernel(ops.convert_to_numpy(self.kernel_unit))
+        self.kernel.assign(kernel / unit)
+        self.bias.assign(bias / ops.convert_to_numpy(self.bias_unit))
+
+    def real_kernel(self) -> np.ndarray:
+        """Returns the kernel as it is trained, not rounded, in real values."""
+        unit = ops.convert_to_numpy(self.kernel_unit)
+        return ops.convert_to_numpy(self.kernel) * self.along_kernel(unit)
+
+    def real_bias(self) -> np.ndarray:
+        """Returns the bias in real values."""
+        return ops.convert_to_numpy(self.bias) * ops.convert_to_numpy(self.bias_unit)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -214,11 +342,10 @@ class QuantizedConv2D(_QuantizedKernel, keras.layers.Conv2D):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self._build_limits(self.filters)
+        self._build_limits(self.filters, self.filters)
 
     def call(self, inputs):
-        outputs = self.convolution_op(inputs, self.quantized_kernel())
-        return self.activation(ops.add(outputs, self.bias))
+        return self._compute(inputs, self.convolution_op)
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -232,18 +359,20 @@ class QuantizedDepthwiseConv2D(_QuantizedKernel, keras.layers.DepthwiseConv2D):
 
     def build(self, input_shape):
         super().build(input_shape)
-        self._build_limits(self.kernel.shape[2])
+        self._build_limits(self.kernel.shape[2], self.kernel.shape[2])
 
     def call(self, inputs):
-        outputs = ops.depthwise_conv(
+        return self._compute(inputs, self._convolve)
+
+    def _convolve(self, inputs, kernel):
+        return ops.depthwise_conv(
             inputs,
-            self.quantized_kernel(),
+            kernel,
             strides=self.strides,
             padding=self.padding,
             data_format=self.data_format,
             dilation_rate=self.dilation_rate,
         )
-        return self.activation(ops.add(outputs, self.bias))
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
@@ -256,10 +385,11 @@ class QuantizedDense(_QuantizedKernel, keras.layers.Layer):
             12 on, so old runtimes and the Edge TPU need one scale.
         activation: Activation, as in `keras.layers.Dense`.
         name: Name of the layer.
+        dtype: Dtype policy. Kernels are rounded in float32 whatever it is.
     """
 
-    def __init__(self, units, per_channel=True, activation=None, name=None):
-        super().__init__(name=name)
+    def __init__(self, units, per_channel=True, activation=None, name=None, dtype=None):
+        super().__init__(name=name, dtype=dtype)
         self.units = units
         self.activation = keras.activations.get(activation)
         self.use_bias = True
@@ -268,24 +398,18 @@ class QuantizedDense(_QuantizedKernel, keras.layers.Layer):
     def build(self, input_shape):
         self.kernel = self.add_weight(shape=(input_shape[-1], self.units), name="kernel")
         self.bias = self.add_weight(shape=(self.units,), initializer="zeros", name="bias")
-        self._build_limits(self.units if self.per_channel else 1)
+        self._build_limits(self.units if self.per_channel else 1, self.units)
 
     def quantized_kernel(self):
         if self.per_channel:
             return super().quantized_kernel()
         limits = self.kernel_limits[0]
         return keras.quantizers.fake_quant_with_min_max_vars(
-            self.kernel, -limits, limits, num_bits=8, narrow_range=True
+            self.kernel * self.kernel_unit, -limits, limits, num_bits=8, narrow_range=True
         )
 
-    def fit_limits(self):
-        super_limits = np.abs(ops.convert_to_numpy(self.kernel)).max(axis=0)
-        limits = super_limits if self.per_channel else np.max(super_limits, keepdims=True)
-        self.kernel_limits.assign(np.where(limits > 0, limits, 1.0))
-
     def call(self, inputs):
-        outputs = ops.matmul(inputs, self.quantized_kernel())
-        return self.activation(ops.add(outputs, self.bias))
+        return self._compute(inputs, ops.matmul)
 
     def compute_output_shape(self, input_shape):
         return (*input_shape[:-1], self.units)
@@ -296,6 +420,7 @@ class QuantizedDense(_QuantizedKernel, keras.layers.Layer):
             "units": self.units,
             "per_channel": self.per_channel,
             "activation": keras.activations.serialize(self.activation),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
         }
 
 

@@ -159,9 +159,12 @@ class _QuantizedReader(Reader):
             return self._add(layer, "scale", inputs, shape, weights={"factors": factors})
         name = super()._convert(layer, inputs, shape)
         if isinstance(layer, QUANTIZED_KERNELS):
-            limits = keras.ops.convert_to_numpy(layer.kernel_limits)
             kernel = self.graph[layer.name]
-            kernel.weights["limits"] = limits
+            kernel.weights.update(
+                kernel=layer.real_kernel(),
+                bias=layer.real_bias(),
+                limits=keras.ops.convert_to_numpy(layer.kernel_limits),
+            )
             if isinstance(layer, QuantizedDense):
                 kernel.attrs["per_channel"] = layer.per_channel
         return name

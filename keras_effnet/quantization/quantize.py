@@ -10,6 +10,7 @@ from . import equalization
 from .bias import correct_biases
 from .build import build_model
 from .calibration import TensorStatistics, calibration_batches, collect
+from .fake_quant import FIXED_RANGES, TRAINING_RANGES
 from .folding import fold
 from .graph import Graph, read_model
 from .importance import consumer_of
@@ -21,7 +22,7 @@ from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .ties import remove_ties, round_biases
 
-CORRECTIONS = ("swish_equalization", "linear_equalization", "learned_rounding", "bias_correction")
+CORRECTIONS = ("swish_equalization", "learned_rounding", "bias_correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,6 @@ class QuantizationConfig:
 
             - "swish_equalization": channels of very different ranges are brought closer through
               the swish that follows them, exactly, for one more multiplication (`equalization`);
-            - "linear_equalization": the same between linear layers, for nothing;
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
               (`rounding`); needs a second pass over the data, and about as long as all the rest;
             - "bias_correction": biases take up the mean of the rounding errors (`bias`).
@@ -46,6 +46,9 @@ class QuantizationConfig:
             of version 12 (TensorFlow 2.14); the Edge TPU wants False.
         keep_float: Names of layers to keep in float.
         batch_size: Images in a calibration batch, when the data are one array.
+        training_ranges: What `fit` does to the ranges of the quantized model: "fixed" leaves them;
+            "moving_average" lets them follow the extremes of the batches until `FreezeRanges`
+            freezes them; "learned" trains them by gradient.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -57,6 +60,7 @@ class QuantizationConfig:
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()
     batch_size: int = 8
+    training_ranges: str = FIXED_RANGES
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -81,6 +85,11 @@ class QuantizationConfig:
             )
         object.__setattr__(self, "corrections", tuple(self.corrections))
         object.__setattr__(self, "keep_float", tuple(self.keep_float))
+        if self.training_ranges not in TRAINING_RANGES:
+            raise ValueError(
+                f"`training_ranges` must be one of {TRAINING_RANGES}. "
+                f"Received: {self.training_ranges!r}"
+            )
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {self.batch_size}")
 
@@ -153,7 +162,7 @@ def quantize_model(
     if "bias_correction" in config.corrections:
         correct_biases(graph, statistics, kernels)
     round_biases(graph)
-    return build_model(graph, quantized=True)
+    return build_model(graph, quantized=True, training_ranges=config.training_ranges)
 
 
 class _Kept:
@@ -175,8 +184,6 @@ class _Kept:
 
 
 def _equalize(graph, statistics, config):
-    if "linear_equalization" in config.corrections:
-        equalization.equalize_linear(graph, statistics)
     if "swish_equalization" not in config.corrections:
         return
     if isinstance(config.equalize, tuple):

@@ -41,8 +41,13 @@ def odd(value: float) -> int:
 
 
 def odd_below(values: np.ndarray) -> np.ndarray:
-    """Returns the largest odd integers that do not exceed positive numbers, at least 1."""
-    return np.maximum(1, 2 * np.floor((np.asarray(values, np.float64) - 1) / 2) + 1)
+    """Returns the largest odd integers that do not exceed positive numbers, at least 1.
+
+    Numbers within float32's rounding of an odd integer count as it, so that scales that were
+    chosen by this function once are chosen again.
+    """
+    values = np.asarray(values, np.float64) * (1 + 1e-6)
+    return np.maximum(1, 2 * np.floor((values - 1) / 2) + 1)
 
 
 def remove_ties(graph: Graph, groups: list[list[str]]) -> None:

@@ -16,7 +16,7 @@ from keras_effnet.quantization import (
 )
 from keras_effnet.quantization.lowering import read_quantized
 
-CONFIG = QuantizationConfig(corrections=("swish_equalization", "linear_equalization"))
+CONFIG = QuantizationConfig(corrections=("swish_equalization",))
 PLAIN = QuantizationConfig(method="min_max", corrections=())
 # Of float arithmetic in another order.
 ROUNDING = 1e-5

@@ -8,9 +8,7 @@ from keras_effnet.quantization.calibration import TensorStatistics, collect
 from keras_effnet.quantization.equalization import (
     FACTOR_STEPS,
     SMALLEST_STEPS,
-    equalize_linear,
     equalize_swish,
-    linear_chains,
     search_factors,
     swish_candidates,
 )
@@ -71,18 +69,14 @@ def assert_the_same(moved, anew):
             )
 
 
-@pytest.mark.parametrize("kind", ["linear", "swish", "both"])
-def test_it_is_exact_and_its_statistics_are_those_collected_anew(model, kind):
+def test_it_is_exact_and_its_statistics_are_those_collected_anew(model):
     graph = folded(model)
     statistics = statistics_of(graph)
     before = {name: part.low for name, part in statistics.items()}
     changed = ops(graph)
-    if kind in ("linear", "both"):
-        equalize_linear(graph, statistics)
-    if kind in ("swish", "both"):
-        equalize_swish(graph, statistics, swish_candidates(graph))
-        # One product for each of the two swishes outside squeeze-and-excite.
-        assert sorted(ops(graph)) == sorted([*changed, "scale", "scale"])
+    equalize_swish(graph, statistics, swish_candidates(graph))
+    # One product for each of the two swishes outside squeeze-and-excite.
+    assert sorted(ops(graph)) == sorted([*changed, "scale", "scale"])
     images = values(8, side=SIDE, seed=1)
     expected = predict(model, images)
     assert expected.std() > 0.1
@@ -90,38 +84,11 @@ def test_it_is_exact_and_its_statistics_are_those_collected_anew(model, kind):
     assert_the_same(statistics, statistics_of(graph))
     # Both checks can fail: something was divided, and one channel that is not taken back shows.
     assert any(not np.allclose(before[name], statistics[name].low) for name in before)
-    name = {"linear": "sum"}.get(kind, "expand")
-    statistics[name] = statistics[name].divided_by(np.array([2.0, 1, 1, 1]))
-    with pytest.raises(AssertionError, match=f"of {name}"):
+    statistics["expand"] = statistics["expand"].divided_by(np.array([2.0, 1, 1, 1]))
+    with pytest.raises(AssertionError, match="of expand"):
         assert_the_same(statistics, statistics_of(graph))
     graph["expand"].weights["kernel"] = graph["expand"].weights["kernel"] * np.float32(1.1)
     assert abs(compute(graph, images) - expected).max() > 10 * FLOAT_TOLERANCE
-
-
-def test_linear_equalization_fills_the_range(model):
-    graph = folded(model)
-    assert linear_chains(graph) == [["sum", "stem", "project"]]
-    statistics = statistics_of(graph)
-
-    def unevenness(name):
-        reach = np.maximum(-statistics[name].low, statistics[name].high)
-        return reach.max() / reach.min()
-
-    assert unevenness("stem") > 30 and unevenness("project") > 30
-    equalize_linear(graph, statistics)
-    # The sum's terms share their factors, so none is perfectly even.
-    assert unevenness("sum") < 10
-
-
-def test_a_chain_that_is_an_output_is_left_alone():
-    graph = folded(
-        functional(SIDE, lambda x: layers.Conv2D(4, 3)(layers.Conv2D(4, 3, name="a")(x)))
-    )
-    assert linear_chains(graph) == [["a"]]
-    relu = folded(
-        functional(SIDE, lambda x: layers.Conv2D(4, 3)(layers.ReLU()(layers.Conv2D(4, 3)(x))))
-    )
-    assert linear_chains(relu) == []
 
 
 def test_swishes_that_can_be_equalized(model):

@@ -132,9 +132,10 @@ def test_fake_quant_layer_equals_the_reference_bit_for_bit(low, high):
 def test_quantized_kernels_equal_the_reference_bit_for_bit(per_channel):
     layer = QuantizedDense(8, per_channel=per_channel)
     layer.build((None, 64))
-    layer.kernel.assign(np.random.default_rng(0).normal(size=(64, 8)))
-    layer.fit_limits()
-    kernel = keras.ops.convert_to_numpy(layer.kernel)
+    kernel = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
+    limits = abs(kernel).max(axis=0 if per_channel else None).reshape(-1)
+    layer.set_real(kernel, np.zeros(8, "float32"), limits, input_reach=3.0)
+    np.testing.assert_array_equal(layer.real_kernel(), kernel)
     limits = keras.ops.convert_to_numpy(layer.kernel_limits)
     assert limits.shape == ((8,) if per_channel else (1,))
     np.testing.assert_array_equal(limits.max(), abs(kernel).max())

@@ -74,7 +74,8 @@ def test_ranges_that_were_moved_are_saved(tiny_quantized, tiny_images, tmp_path)
     moved.set_weights(tiny_quantized.get_weights())
     for layer in moved.layers:
         if isinstance(layer, FakeQuant) and not layer.fixed:
-            layer.maximum.assign(layer.maximum * 1.5)
+            low, high = layer.real_range()
+            layer.set_range(low, high * 1.5)
         elif isinstance(layer, QUANTIZED_KERNELS):
             layer.kernel_limits.assign(layer.kernel_limits * 1.25)
     moved.save(tmp_path / "moved.keras")

@@ -1,0 +1,388 @@
+"""Distillation: a quantized model learns from its float model, without labels.
+
+End to end, the loss is the divergence of the predicted classes, and of the features at the end of
+each stage if asked for (Hinton et al., 2015, section 2, https://arxiv.org/abs/1503.02531; Romero et
+al., 2014, section 2.1, https://arxiv.org/abs/1412.6550). Block-wise, one block after the other
+learns to give the float model's features from what the quantized blocks before it give (Li et al.,
+2021, section 3.2, https://arxiv.org/abs/2102.05426).
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Iterator
+
+import keras
+import numpy as np
+from keras import ops
+
+from .build import RANGE_SUFFIX, build_model
+from .calibration import calibration_batches
+from .folding import fold
+from .graph import Graph, read_model
+from .lowering import is_quantized, read_quantized
+from .training import layers_of, require_quantized, settle
+
+END_TO_END, BLOCK_WISE = "end_to_end", "block_wise"
+MODES = (END_TO_END, BLOCK_WISE)
+# Share of the steps in which the learning rate rises from 0: Adam's first steps are as long as all
+# others, whatever the gradient.
+WARM_UP = 0.1
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationConfig:
+    """How a quantized model is distilled.
+
+    Args:
+        mode: "end_to_end", or "block_wise", which trains one block after the other and end to end
+            no more.
+        epochs: Most passes over the images (of each block, in block-wise mode), at least 1.
+        batch_size: Images of one step, at least 1.
+        learning_rate: Largest one of Adam, positive. Weights are stored in units of their range,
+            so 1e-4 is about 1/80 of a kernel's step.
+        temperature: Divides the logits of both models, positive.
+        feature_weight: Weight of the squared error of the features at the end of each stage,
+            relative to their energy, beside the divergence of the classes; 0 or more.
+        validation_share: Share of the images that is held back to choose the best state, in (0, 1).
+        patience: Epochs without improvement until training stops, at least 1.
+        shift: Most pixels by which an image is moved (edges repeat), at least 0.
+        flip: Whether every other image is mirrored.
+        seed: Of the split, the order and the augmentation.
+
+    Raises:
+        ValueError: If a value is not allowed.
+    """
+
+    mode: str = END_TO_END
+    epochs: int = 20
+    batch_size: int = 16
+    learning_rate: float = 1e-4
+    temperature: float = 1.0
+    feature_weight: float = 0.0
+    validation_share: float = 0.2
+    patience: int = 4
+    shift: int = 8
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self):
+        allowed = {
+            "mode": (self.mode in MODES, f"one of {MODES}"),
+            "epochs": (self.epochs >= 1, "at least 1"),
+            "batch_size": (self.batch_size >= 1, "at least 1"),
+            "learning_rate": (0 < self.learning_rate < np.inf, "positive"),
+            "temperature": (0 < self.temperature < np.inf, "positive"),
+            "feature_weight": (0 <= self.feature_weight < np.inf, "at least 0"),
+            "validation_share": (0 < self.validation_share < 1, "between 0 and 1"),
+            "patience": (self.patience >= 1, "at least 1"),
+            "shift": (self.shift >= 0, "at least 0"),
+        }
+        for name, (valid, what) in allowed.items():
+            if not valid:
+                raise ValueError(f"`{name}` must be {what}. Received: {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass
+class Distillation:
+    """What `distill` did.
+
+    Attributes:
+        before: Mean KL divergence (nats) from the float model on the held-back images, at the
+            start.
+        after: The same of the state that was kept.
+        epochs: The same after each epoch, or block.
+        kept: Number of the epoch, or block, whose state was kept; 0 is the start.
+        interrupted: Whether Ctrl-C ended it.
+    """
+
+    before: float
+    after: float
+    epochs: list[float] = dataclasses.field(default_factory=list)
+    kept: int = 0
+    interrupted: bool = False
+
+
+def distill(
+    float_model: keras.Model,
+    quantized_model: keras.Model,
+    images: np.ndarray | Iterable,
+    config: DistillationConfig | None = None,
+    verbose: bool = True,
+) -> Distillation:
+    """Trains a quantized model, in place, to predict what its float model predicts.
+
+    After every epoch the settled model (`settle`) is measured on held-back images, and the best
+    state is kept, that of the start included: it never gets worse on them. Ctrl-C ends the training
+    and keeps the best state so far.
+
+    Args:
+        float_model: The teacher: the model that was quantized, or another one with the same input
+            and classes, for end-to-end distillation without features. It is not changed.
+        quantized_model: The student, from `quantize_model`.
+        images: Unlabelled images as the models take them: an array (images, height, width,
+            channels), or an iterable of batches. They are kept in memory, pixels in 8 bits. At
+            least 2.
+        config: How to distill; by default `DistillationConfig()`.
+        verbose: Whether to show progress.
+
+    Returns:
+        The divergences before, during and after.
+
+    Raises:
+        TypeError: If a model is no Functional model, or the images are of the wrong type.
+        ValueError: If a model is of the wrong kind, the shapes differ, the models have no common
+            features, the images are unusable or too few, or the loss is not finite (the best state
+            is restored and the step named).
+    """
+    config = DistillationConfig() if config is None else config
+    require_quantized(quantized_model, "`quantized_model` of `distill`")
+    if is_quantized(float_model):
+        raise ValueError(
+            "`float_model` must be the float model. Received the quantized model "
+            f"{float_model.name!r}; pass the model that it was made of."
+        )
+    teacher = read_model(float_model, ())
+    _check_shapes(float_model, quantized_model)
+    batches, _ = calibration_batches(images, teacher, config.batch_size, minimum=2)
+    images = np.concatenate([_compact(batch) for batch in batches])
+    fold(teacher)
+    student = read_quantized(quantized_model)
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(len(images))
+    held = min(len(images) - 1, max(1, round(config.validation_share * len(images))))
+    run = _Run(teacher, student, quantized_model, images, order[:held], order[held:], config, rng)
+    with _without_dropout(quantized_model):
+        return run.train(verbose)
+
+
+def _check_shapes(float_model, quantized_model):
+    shapes = [(m.input_shape[1:], m.output_shape[1:]) for m in (float_model, quantized_model)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "The models must have equal input and output shapes. Received: "
+            f"{shapes[0]} (float) and {shapes[1]} (quantized); pass the pair of one quantization."
+        )
+
+
+def _compact(batch):
+    pixels = batch.astype(np.uint8)
+    return pixels if np.array_equal(pixels, batch) else batch
+
+
+@contextlib.contextmanager
+def _without_dropout(model) -> Iterator[None]:
+    """The student repeats the teacher, which drops nothing."""
+    rates = {layer: layer.rate for layer in layers_of(model) if hasattr(layer, "noise_shape")}
+    try:
+        for layer in rates:
+            layer.rate = 0.0
+        yield
+    finally:
+        for layer, rate in rates.items():
+            layer.rate = rate
+
+
+def boundaries(teacher: Graph, student: Graph) -> list[str]:
+    """Returns the tensors between blocks that both graphs have, in the same units.
+
+    Everything behind such a tensor depends on it alone. Products and the inputs of activations are
+    left out, since their channels may be equalized.
+    """
+    place = {node.name: number for number, node in enumerate(teacher)}
+    found, furthest = [], 0
+    for node in teacher:
+        readers = teacher.consumers(node.name)
+        alone = furthest <= place[node.name]
+        furthest = max([furthest, *(place[reader.name] for reader in readers)])
+        twin = student.nodes.get(node.name)
+        if (
+            alone
+            and node.op in ("add", "conv")
+            and twin is not None
+            and twin.op == node.op
+            and readers
+            and not any(reader.op in _MAY_BE_EQUALIZED for reader in readers)
+        ):
+            found.append(node.name)
+    return found
+
+
+_MAY_BE_EQUALIZED = ("sigmoid", "scale", "mul", "hard_swish")
+
+
+def _stage_ends(teacher: Graph, names: list[str]) -> list[str]:
+    """Returns the last of the boundaries at each resolution."""
+    return list({teacher[name].shape[:-1]: name for name in names}.values())
+
+
+def _logits(graph: Graph) -> str:
+    """Returns the tensor from which softmax or sigmoid makes the output, or the output."""
+    output = graph[graph.outputs[0]]
+    return output.inputs[0] if output.op in ("softmax", "sigmoid") else output.name
+
+
+def _relative_error(target, output):
+    """Squared error of each image, relative to the energy of the batch."""
+    target, output = ops.cast(target, "float32"), ops.cast(output, "float32")
+    energy = ops.maximum(ops.mean(ops.square(target)), 1e-12)
+    axes = tuple(range(1, len(target.shape)))
+    return ops.mean(ops.square(output - target), axis=axes) / energy
+
+
+class _Run:
+    """One distillation."""
+
+    def __init__(self, teacher, student, model, images, held, used, config, rng):
+        self.teacher, self.model, self.images = teacher, model, images
+        self.config, self.rng, self.used = config, rng, used
+        self.steps = -(-len(used) // config.batch_size)
+        self.boundaries = boundaries(teacher, student)
+        if not self.boundaries and (config.mode == BLOCK_WISE or config.feature_weight):
+            raise ValueError(
+                f"The models {teacher.name!r} and {model.name!r} have no tensors between blocks in "
+                'common; distill with mode="end_to_end" and feature_weight=0.'
+            )
+        self.names = _logits(teacher), _logits(student)
+        self.held = images[held]
+        self.output = keras.Model(model.inputs[0], self._tensor(self.names[1]))
+        self.wanted = self._observed([self.names[0]]).predict(
+            self.held, config.batch_size, verbose=0
+        )[0]
+        self.measure = self._divergence(1.0) if self.wanted.ndim == 2 else _relative_error
+        before = self._distance()
+        self.result = Distillation(before, before)
+        self.best = model.get_weights()
+
+    def train(self, verbose: bool) -> Distillation:
+        """Trains, and leaves the best state in the model."""
+        try:
+            if self.config.mode == END_TO_END:
+                self._end_to_end(verbose)
+            else:
+                self._block_wise(verbose)
+        except KeyboardInterrupt:
+            self.result.interrupted = True
+        finally:
+            self.model.set_weights(self.best)
+        return self.result
+
+    def _end_to_end(self, verbose):
+        config = self.config
+        ends = _stage_ends(self.teacher, self.boundaries) if config.feature_weight else []
+        teacher = self._observed([self.names[0], *ends])
+        tensors = [self._tensor(name) for name in (self.names[1], *ends)]
+        trainer = keras.Model(self.model.inputs[0], tensors)
+        classes = len(self.wanted.shape) == 2
+        losses = [self._divergence(config.temperature) if classes else _relative_error]
+        losses += [_relative_error] * len(ends)
+        weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
+        self._compile(trainer, losses, weights)
+        waited = 0
+        for _ in range(config.epochs):
+            self._epoch(verbose, trainer, lambda batch: batch, teacher)
+            waited = 0 if self._keep_if_better() else waited + 1
+            if waited >= config.patience:
+                break
+
+    def _block_wise(self, verbose):
+        start = None
+        for end in (*self.boundaries, None):
+            name, own = (end, end) if end else self.names
+            output = self._tensor(own)
+            if start is None:
+                block = keras.Model(self.model.inputs[0], output)
+                entering = lambda batch: batch  # noqa: E731
+            else:
+                block = keras.Model(self._tensor(start), output)
+                entering = keras.Model(self.model.inputs[0], self._tensor(start)).predict_on_batch
+            self._compile(block, [_relative_error], [1.0])
+            teacher = self._observed([name])
+            for _ in range(self.config.epochs):
+                self._epoch(verbose, block, entering, teacher)
+            if not self._keep_if_better():
+                self.model.set_weights(self.best)
+            start = end
+
+    def _compile(self, trainer, losses, weights):
+        config = self.config
+        steps = self.steps * config.epochs
+        schedule = keras.optimizers.schedules.CosineDecay(
+            0.0,
+            max(1, steps - int(WARM_UP * steps)),
+            warmup_target=config.learning_rate,
+            warmup_steps=int(WARM_UP * steps),
+        )
+        trainer.compile(
+            keras.optimizers.Adam(schedule if int(WARM_UP * steps) else config.learning_rate),
+            loss=losses,
+            loss_weights=weights,
+            # XLA would compile for longer than a short distillation takes.
+            jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
+        )
+
+    def _epoch(self, verbose, trainer, entering, teacher):
+        config, epoch = self.config, len(self.result.epochs) + 1
+        bar = keras.utils.Progbar(self.steps, verbose=int(verbose))
+        self.rng.shuffle(self.used)
+        for step in range(self.steps):
+            chosen = self.used[step * config.batch_size : (step + 1) * config.batch_size]
+            batch = self._augment(self.images[chosen].astype(np.float32))
+            targets = teacher.predict_on_batch(batch)
+            logs = trainer.train_on_batch(entering(batch), targets, return_dict=True)
+            loss = float(logs["loss"])
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"The loss must be finite. Received: {loss} in step {step + 1} of epoch "
+                    f"{epoch}. The best state was restored; lower `learning_rate`."
+                )
+            bar.update(step + 1, [("loss", loss)])
+
+    def _augment(self, batch):
+        shift = self.config.shift
+        height, width = batch.shape[1:3]
+        padded = np.pad(batch, ((0, 0), (shift, shift), (shift, shift), (0, 0)), mode="edge")
+        for index, image in enumerate(padded):
+            top, left = self.rng.integers(0, 2 * shift + 1, 2)
+            crop = image[top : top + height, left : left + width]
+            mirrored = self.config.flip and self.rng.random() < 0.5
+            batch[index] = crop[:, ::-1] if mirrored else crop
+        return batch
+
+    def _keep_if_better(self) -> bool:
+        """Measures the settled model, and keeps it if it is the best so far."""
+        trained = self.model.get_weights()
+        settle(self.model)
+        distance = self._distance()
+        result = self.result
+        result.epochs.append(distance)
+        better = distance < result.after
+        if better:
+            result.after, result.kept = distance, len(result.epochs)
+            self.best = self.model.get_weights()
+        self.model.set_weights(trained)
+        return better
+
+    def _distance(self) -> float:
+        output = self.output.predict(self.held, self.config.batch_size, verbose=0)
+        return float(ops.convert_to_numpy(ops.mean(self.measure(self.wanted, output))))
+
+    @staticmethod
+    def _divergence(temperature):
+        def divergence(target, output):
+            target, output = (
+                ops.log_softmax(ops.cast(logits, "float32") / temperature, axis=-1)
+                for logits in (target, output)
+            )
+            # The factor keeps the gradient as large as at temperature 1.
+            return temperature**2 * ops.sum(ops.exp(target) * (target - output), axis=-1)
+
+        return divergence
+
+    def _observed(self, names):
+        return build_model(self.teacher, quantized=False, observed=tuple(names))
+
+    def _tensor(self, name):
+        names = [layer.name for layer in layers_of(self.model)]
+        return self.model.get_layer(
+            name + RANGE_SUFFIX if name + RANGE_SUFFIX in names else name
+        ).output

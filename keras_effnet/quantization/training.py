@@ -1,0 +1,139 @@
+"""What training a quantized model needs beside `fit`: frozen ranges, and an end.
+
+The result of `quantize_model` compiles and fits as it is: kernels and biases are trained through
+the rounding by the straight-through gradient. Training leaves biases between the steps of their
+accumulators, kernels beyond their limits, and scales with ties; `settle` removes all three.
+
+Source: Jacob et al., 2018, section 3 (https://arxiv.org/abs/1712.05877).
+"""
+
+from collections.abc import Iterator
+
+import keras
+import numpy as np
+
+from .build import RANGE_SUFFIX
+from .fake_quant import MOVING_AVERAGE, QUANTIZED_KERNELS, FakeQuant
+from .lowering import is_quantized, read_quantized
+from .scheme import shared_ranges
+from .ties import remove_ties, round_biases
+
+# A range that training has shrunk below this part of its calibrated width clips nearly everything.
+COLLAPSED = 1 / 32
+
+
+class FreezeRanges(keras.callbacks.Callback):
+    """Freezes the ranges that follow the batches (`training_ranges="moving_average"`).
+
+    Ranges that move until the end never let the kernels settle. The epoch's logs tell as
+    `moving_ranges` how many ranges still move.
+
+    Args:
+        steps: Steps of the optimizer until the ranges are frozen, at least 0. They are counted
+            by the optimizer, so a training that is resumed counts on.
+
+    Raises:
+        ValueError: If `steps` is negative; at the start of training, if the model is not
+            quantized or none of its ranges follows the batches.
+
+    Source: Jacob et al., 2018, section 3.1 (activation ranges are learned and then frozen).
+    """
+
+    def __init__(self, steps: int):
+        super().__init__()
+        if steps < 0:
+            raise ValueError(f"`steps` must be at least 0. Received: {steps}")
+        self.steps = steps
+
+    def on_train_begin(self, logs=None):
+        require_quantized(self.model, "FreezeRanges")
+        self.layers = [
+            layer
+            for layer in layers_of(self.model)
+            if isinstance(layer, FakeQuant) and layer.ranges == MOVING_AVERAGE
+        ]
+        if not self.layers:
+            raise ValueError(
+                "FreezeRanges needs ranges that follow the batches; this model has none. Quantize "
+                'it with `QuantizationConfig(training_ranges="moving_average")`, or leave the '
+                "callback out."
+            )
+        self._freeze_if_due()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._freeze_if_due()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs["moving_ranges"] = self._moving()
+
+    def _freeze_if_due(self):
+        if int(self.model.optimizer.iterations) >= self.steps and self._moving():
+            for layer in self.layers:
+                layer.freeze()
+
+    def _moving(self):
+        return sum(layer.is_moving for layer in self.layers)
+
+
+def settle(model: keras.Model) -> None:
+    """Makes a trained quantized model hold, in place, what an integer file can hold.
+
+    Kernels are clipped to their limits, biases rounded to the steps of their accumulators, and
+    scales that training moved are freed of ties (`ties.py`), so that the file and the model give
+    the same integers. Settling twice changes nothing more. Ranges are frozen.
+
+    Args:
+        model: A model made by `quantize_model`, as it is or trained.
+
+    Raises:
+        ValueError: If the model is not quantized, or a weight or a range is not finite or has
+            collapsed (the layer is named).
+    """
+    graph = read_quantized(model)
+    for node in graph.kernel_nodes():
+        if not all(np.all(np.isfinite(node.weights[key])) for key in ("kernel", "bias")):
+            raise ValueError(
+                f"The weights of layer {node.name!r} must be finite. Received: NaN or infinity. "
+                "Load the last good weights and train with a lower learning rate."
+            )
+    layers = list(layers_of(model))
+    ranges = [layer for layer in layers if isinstance(layer, FakeQuant) and not layer.fixed]
+    for layer in ranges:
+        low, high = layer.real_range()
+        if high - low < COLLAPSED * (layer.initial_maximum - layer.initial_minimum):
+            raise ValueError(
+                f"The range of {layer.name!r} has collapsed in training, from "
+                f"[{layer.initial_minimum:g}, {layer.initial_maximum:g}] to [{low:g}, {high:g}]. "
+                'Train with a lower learning rate, or with `training_ranges="fixed"`.'
+            )
+    remove_ties(graph, shared_ranges(graph))
+    round_biases(graph)
+    for layer in ranges:
+        params = graph[layer.name.removesuffix(RANGE_SUFFIX)].params
+        layer.set_range(params.min, params.max)
+        layer.freeze()
+    for layer in layers:
+        if isinstance(layer, QUANTIZED_KERNELS):
+            weights = graph[layer.name].weights
+            limits = layer.along_kernel(weights["limits"])
+            kernel = np.clip(weights["kernel"], -limits, limits)
+            layer.set_real(kernel, weights["bias"], weights["limits"])
+
+
+def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:
+    """Yields the layers of a model and of the models in it."""
+    for layer in model.layers:
+        if isinstance(layer, keras.Model):
+            yield from layers_of(layer)
+        else:
+            yield layer
+
+
+def require_quantized(model: keras.Model, name: str) -> None:
+    """Raises a ValueError if a model was not quantized by `quantize_model`."""
+    if not is_quantized(model):
+        raise ValueError(
+            f"{name} needs a model made by `quantize_model`. Received the float model "
+            f"{getattr(model, 'name', model)!r}; quantize it first."
+        )
