@@ -18,6 +18,7 @@ TENSORFLOW = "tensorflow>=2.21,<2.22"
 LITERT = "ai-edge-litert>=2.3,<3"
 EXTRAS = {
     "convert": [TENSORFLOW, "safetensors>=0.5"],
+    "completion": ["shtab>=1.7,<2"],
     "plot": ["matplotlib>=3.10"],
     "tflite": [TENSORFLOW, LITERT],
     "onnx": [

@@ -2,10 +2,13 @@
 
 `to_tflite` writes a file, `TFLiteRunner` runs it, `read_tflite` tells what stands in it; so do
 `to_onnx`, `ONNXRunner` and `read_onnx` for ONNX. `compare` measures a file against the Keras
-model, `ExportReport` holds the outcome. Converters and runtimes are loaded when they are needed:
-`pip install "keras-effnet[tflite]"` or `"keras-effnet[onnx]"`.
+model, `ExportReport` holds the outcome. `check_file` judges a TFLite file by the device that it
+is for, `ModelMetadata` is what a file tells of itself. Converters and runtimes are loaded when
+they are needed: `pip install "keras-effnet[tflite]"` or `"keras-effnet[onnx]"`.
 """
 
+from .check import TargetReport, check_file
+from .metadata import ModelMetadata, add_metadata, read_metadata
 from .onnx_file import ONNXFile, OptimizedGraph, optimized, read_onnx
 from .onnx_runner import ONNXRunner
 from .report import ExportReport, write_report
@@ -17,6 +20,7 @@ from .verify import Scores, compare
 
 __all__ = [
     "ExportReport",
+    "ModelMetadata",
     "ONNXExport",
     "ONNXFile",
     "ONNXRunner",
@@ -25,9 +29,13 @@ __all__ = [
     "TFLiteExport",
     "TFLiteFile",
     "TFLiteRunner",
+    "TargetReport",
     "TensorInfo",
+    "add_metadata",
+    "check_file",
     "compare",
     "optimized",
+    "read_metadata",
     "read_onnx",
     "read_tflite",
     "to_onnx",

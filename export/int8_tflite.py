@@ -5,8 +5,12 @@ converter: its kernels, biases, scales and zero points are those of the Keras la
 its operators are exactly those of the graph, and it needs no TensorFlow.
 
 The format is the FlatBuffers schema of TFLite
-(https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs);
-operator versions are those of `tools/versioning/op_version.cc` there.
+(https://github.com/tensorflow/tensorflow/blob/master/tensorflow/compiler/mlir/lite/schema/schema.fbs).
+Operators have the lowest version whose semantics they use, by `tools/versioning/op_version.cc`
+there, so that old runtimes and compilers read the files.
+
+For the Edge TPU two operators are written as others that compute the same: HARD_SWISH, which it
+lacks, and a mean over many pixels, which it may not map.
 """
 
 from __future__ import annotations
@@ -17,20 +21,20 @@ import numpy as np
 
 from keras_effnet.quantization import lowering
 from keras_effnet.quantization.graph import Graph, Node
-from keras_effnet.quantization.params import INT8_MAX, INT8_MIN, QuantParams
+from keras_effnet.quantization.params import INT8_MAX, INT8_MIN, KERNEL_MAX, QuantParams
 
+from . import pack, targets
 from ._optional import import_tflite_schema
 
 IO_DTYPES = ("float32", "uint8", "int8")
 INPUT_NAME, OUTPUT_NAME = "images", "outputs"
 SIGNATURE = "serving_default"
-# Bytes to which constants are aligned (`force_align` in the schema).
-ALIGNMENT = 16
-_FILE_IDENTIFIER = b"TFL3"
 _SCHEMA_VERSION = 3
+# One of so many sums is a tie, which shifts the mean by 1/32 of a step.
+_RARE_TIES = 16
 
 
-def convert_quantized(model: Any, io_dtype: str = "uint8") -> bytes:
+def convert_quantized(model: Any, io_dtype: str = "uint8", target: str = targets.GENERIC) -> bytes:
     """Converts a quantized Keras model to an integer-only TFLite model of batch 1.
 
     Args:
@@ -38,6 +42,7 @@ def convert_quantized(model: Any, io_dtype: str = "uint8") -> bytes:
         io_dtype: Type of input and output: "uint8" (pixels as they come), "int8", or "float32".
             A type other than int8 adds a QUANTIZE at the input and a QUANTIZE or DEQUANTIZE at the
             output; there is none between.
+        target: Name of the target; see the module.
 
     Returns:
         The content of the file. Input "images" of shape (1, height, width, channels), output
@@ -52,23 +57,22 @@ def convert_quantized(model: Any, io_dtype: str = "uint8") -> bytes:
     if io_dtype not in IO_DTYPES:
         raise ValueError(f"`io_dtype` must be one of {IO_DTYPES}. Received: {io_dtype!r}")
     graph = lowering.read_quantized(model)
-    return _Writer(graph, io_dtype).write()
+    return _Writer(graph, io_dtype, target).write()
 
 
 class _Writer:
     """Turns the nodes of a graph into operators, in order."""
 
-    def __init__(self, graph: Graph, io_dtype: str):
+    def __init__(self, graph: Graph, io_dtype: str, target: str):
         self.schema = import_tflite_schema()
         self.graph = graph
         self.io_dtype = io_dtype
+        self.for_edge_tpu = target == targets.CORAL
         self.tensors: list[Any] = []
         self.buffers: list[bytes] = [b""]  # Buffer 0 is the empty one of all that is computed.
         self.operators: list[Any] = []
         self.codes: list[tuple[str, int]] = []
         self.constants: dict[tuple, int] = {}
-        # Offsets in the file of the vectors of zero points, by their length and value.
-        self.zero_points: dict[tuple[int, int], int] = {}
         # Index of each node's tensor, as integers and as floats.
         self.integers: dict[str, int] = {}
         self.floats: dict[str, int] = {}
@@ -101,9 +105,11 @@ class _Writer:
             tensor.buffer = len(self.buffers)
             self.buffers.append(np.ascontiguousarray(data, dtype).tobytes())
         if len(scales):
-            tensor.quantization = _shared_quantization(
-                schema, self.zero_points, scales, zero_point, axis
-            )
+            quantization = schema.QuantizationParametersT()
+            quantization.scale = np.asarray(scales, np.float32)
+            quantization.zeroPoint = np.full(len(scales), zero_point, np.int64)
+            quantization.quantizedDimension = axis
+            tensor.quantization = quantization
         self.tensors.append(tensor)
         return len(self.tensors) - 1
 
@@ -230,8 +236,6 @@ class _Writer:
         ]
 
     def _serialize(self, inputs, outputs, names) -> bytes:
-        import flatbuffers
-
         schema = self.schema
         graph = schema.SubGraphT()
         graph.name = b"main"
@@ -243,7 +247,11 @@ class _Writer:
         model.version = _SCHEMA_VERSION
         model.description = b"keras_effnet"
         model.subgraphs = [graph]
-        model.buffers = [_aligned_buffer(schema, data) for data in self.buffers]
+        model.buffers = []
+        for data in self.buffers:
+            buffer = schema.BufferT()
+            buffer.data = np.frombuffer(data, np.uint8) if data else None
+            model.buffers.append(buffer)
         model.operatorCodes = []
         for name, version in self.codes:
             code = schema.OperatorCodeT()
@@ -259,60 +267,13 @@ class _Writer:
             _tensor_map(schema, name, index) for name, index in zip(names, outputs, strict=True)
         ]
         model.signatureDefs = [signature]
-
-        builder = flatbuffers.Builder(sum(map(len, self.buffers)) + 2**20)
-        builder.Finish(model.Pack(builder), file_identifier=_FILE_IDENTIFIER)
-        return bytes(builder.Output())
+        return pack.pack_model(model, schema)
 
 
 def _tensor_map(schema, name, index):
     item = schema.TensorMapT()
     item.name, item.tensorIndex = name.encode(), index
     return item
-
-
-def _aligned_buffer(schema, data: bytes):
-    class Buffer(schema.BufferT):
-        """A buffer whose data are aligned, which the generated code forgets."""
-
-        def Pack(self, builder):
-            offset = None
-            if data:
-                builder.StartVector(1, len(data), ALIGNMENT)
-                builder.head -= len(data)
-                builder.Bytes[builder.head : builder.head + len(data)] = data
-                offset = builder.EndVector()
-            schema.BufferStart(builder)
-            if offset is not None:
-                schema.BufferAddData(builder, offset)
-            return schema.BufferEnd(builder)
-
-    return Buffer()
-
-
-def _shared_quantization(schema, shared, scales, zero_point, axis):
-    scales = np.asarray(scales, np.float32)
-
-    class Quantization(schema.QuantizationParametersT):
-        """Parameters of a tensor.
-
-        A kernel has as many zero points (8 bytes each) as channels, all 0: the vectors of one
-        length stand in the file once, which saves 5 % of it.
-        """
-
-        def Pack(self, builder):
-            key = (len(scales), zero_point)
-            if key not in shared:
-                zeros = np.full(len(scales), zero_point, np.int64)
-                shared[key] = builder.CreateNumpyVector(zeros)
-            scale_vector = builder.CreateNumpyVector(scales)
-            schema.QuantizationParametersStart(builder)
-            schema.QuantizationParametersAddScale(builder, scale_vector)
-            schema.QuantizationParametersAddZeroPoint(builder, shared[key])
-            schema.QuantizationParametersAddQuantizedDimension(builder, axis)
-            return schema.QuantizationParametersEnd(builder)
-
-    return Quantization()
 
 
 # How each op is written: (writer, node, indices of its inputs, index of its output).
@@ -323,7 +284,7 @@ def _conv(writer, node, inputs, target):
     strides, dilation = node.attrs["strides"], node.attrs["dilation"]
     writer._operator(
         "CONV_2D",
-        1 if node.is_float else 5,
+        1 if node.is_float else 3,
         [*inputs, *weights],
         [target],
         "Conv2DOptions",
@@ -341,7 +302,7 @@ def _depthwise(writer, node, inputs, target):
     strides, dilation = node.attrs["strides"], node.attrs["dilation"]
     writer._operator(
         "DEPTHWISE_CONV_2D",
-        2 if node.is_float else 6,
+        _float_depthwise_version(dilation) if node.is_float else 3,
         [*inputs, *weights],
         [target],
         "DepthwiseConv2DOptions",
@@ -353,6 +314,10 @@ def _depthwise(writer, node, inputs, target):
         depthMultiplier=1,
         fusedActivationFunction=writer._fused(node),
     )
+
+
+def _float_depthwise_version(dilation):
+    return 1 if tuple(dilation) == (1, 1) else 2
 
 
 def _dense(writer, node, inputs, target):
@@ -376,8 +341,7 @@ def _elementwise(name, options):
         version = 1 if node.is_float else 2
         if name == "MUL" and not node.is_float:
             first, second = (lowering.tensor_params(writer.graph, other) for other in node.inputs)
-            # Version 2 takes factors below 1 alone.
-            version = 3 if first.scale * second.scale >= node.params.scale else 2
+            version = _product_version(first.scale * second.scale, node.params.scale)
         writer._operator(name, version, inputs, [target], options)
 
     return emit
@@ -394,7 +358,7 @@ def _scale(writer, node, inputs, target):
         data=factors,
     )
     source = lowering.tensor_params(writer.graph, node.inputs[0])
-    version = 3 if source.scale * params.scale >= node.params.scale else 2
+    version = _product_version(source.scale * params.scale, node.params.scale)
     writer._operator("MUL", version, [*inputs, constant], [target], "MulOptions")
 
 
@@ -417,16 +381,103 @@ def _shift(writer, node, inputs, target):
     writer._operator("ADD", 2, [*inputs, constant], [target], "AddOptions")
 
 
-def _activation(name, options=None, integer_version=2, **values):
+def _activation(name, options=None, **values):
     def emit(writer, node, inputs, target):
-        version = 1 if node.is_float else integer_version
+        version = 1 if node.is_float else 2
         writer._operator(name, version, inputs, [target], options, **values)
 
     return emit
 
 
+def _hard_swish(writer, node, inputs, target):
+    if node.is_float or not writer.for_edge_tpu:
+        writer._operator("HARD_SWISH", 1, inputs, [target])
+        return
+    # x * clip(x / 6 + 1 / 2, 0, 1): the clipping is the saturation of the second factor's range.
+    source = lowering.tensor_params(writer.graph, node.inputs[0])
+    channels = node.shape[-1]
+    kernel_scale = 1 / 6 / KERNEL_MAX
+    bias_scale = source.scale * kernel_scale
+    kernel = np.full((1, 1, 1, channels), KERNEL_MAX, np.int8)
+    bias = np.full(channels, round(0.5 / bias_scale), np.int32)
+    weights = [
+        writer._tensor(f"{node.name}/slope", kernel.shape, np.int8, [kernel_scale], data=kernel),
+        writer._tensor(f"{node.name}/offset", bias.shape, np.int32, [bias_scale], data=bias),
+    ]
+    gate_params = QuantParams(1 / (INT8_MAX - INT8_MIN), INT8_MIN)
+    gate = writer._integer_tensor(f"{node.name}/gate", node.shape, gate_params)
+    schema = writer.schema
+    writer._operator(
+        "DEPTHWISE_CONV_2D",
+        3,
+        [*inputs, *weights],
+        [gate],
+        "DepthwiseConv2DOptions",
+        padding=schema.Padding.VALID,
+        strideH=1,
+        strideW=1,
+        dilationHFactor=1,
+        dilationWFactor=1,
+        depthMultiplier=1,
+    )
+    version = _product_version(source.scale * gate_params.scale, node.params.scale)
+    writer._operator("MUL", version, [*inputs, gate], [target], "MulOptions")
+
+
+def _product_version(factor, scale):
+    """MUL 2 takes factors below 1 alone."""
+    return 3 if factor >= scale else 2
+
+
+def _split_mean(writer, node, inputs):
+    """Averages blocks of pixels first, so that the mean that is left is one that maps.
+
+    The first step rounds to the steps of its input, and its errors average out in the second. Ties
+    do not, AVERAGE_POOL_2D rounds them away from 0: an odd number of pixels has none, and of many
+    they are rare.
+    """
+    height, width = writer.graph[node.inputs[0]].shape[:2]
+    blocks = [
+        (rows, columns)
+        for rows in _divisors(height)
+        for columns in _divisors(width)
+        if height * width <= targets.LARGEST_MEAN * rows * columns
+    ]
+
+    def preference(block):
+        pixels = block[0] * block[1]
+        has_ties = pixels % 2 == 0 and pixels < _RARE_TIES
+        return has_ties, pixels, abs(block[0] - block[1])
+
+    rows, columns = min(blocks, key=preference)
+    params = lowering.tensor_params(writer.graph, node.inputs[0])
+    shape = (height // rows, width // columns, node.shape[-1])
+    pooled = writer._integer_tensor(f"{node.name}/blocks", shape, params)
+    writer._operator(
+        "AVERAGE_POOL_2D",
+        2,
+        inputs,
+        [pooled],
+        "Pool2DOptions",
+        padding=writer.schema.Padding.VALID,
+        filterHeight=rows,
+        filterWidth=columns,
+        strideH=rows,
+        strideW=columns,
+    )
+    return [pooled]
+
+
+def _divisors(number):
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
 def _global_pool(name):
     def emit(writer, node, inputs, target):
+        if name == "MEAN" and writer.for_edge_tpu and not node.is_float:
+            height, width = writer.graph[node.inputs[0]].shape[:2]
+            if height * width > targets.LARGEST_MEAN:
+                inputs = _split_mean(writer, node, inputs)
         axes = writer._constant("spatial_axes", [1, 2], np.int32)
         writer._operator(
             name,
@@ -495,7 +546,7 @@ _EMITTERS = {
     "softmax": _activation("SOFTMAX", "SoftmaxOptions", beta=1.0),
     "relu": _activation("RELU"),
     "relu6": _activation("RELU6"),
-    "hard_swish": _activation("HARD_SWISH", integer_version=1),
+    "hard_swish": _hard_swish,
     "global_avg": _global_pool("MEAN"),
     "global_max": _global_pool("REDUCE_MAX"),
     "avg_pool": _pool("AVERAGE_POOL_2D"),

@@ -151,6 +151,7 @@ def open_session(
     *,
     threads: int | None = None,
     optimized_path: str | None = None,
+    profile_prefix: str | None = None,
 ) -> Any:
     """Loads a file into an `onnxruntime.InferenceSession` on the processor.
 
@@ -158,6 +159,8 @@ def open_session(
         source: Path, or the bytes of the file.
         threads: Number of threads, or None for onnxruntime's own choice.
         optimized_path: Where onnxruntime shall write the graph that it runs, or None.
+        profile_prefix: Beginning of the name of the file into which onnxruntime shall write the
+            time that each operator takes, or None.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -168,6 +171,11 @@ def open_session(
     options = onnxruntime.SessionOptions()
     # Errors arrive as exceptions; of warnings there is one for each run that writes the graph.
     options.log_severity_level = 3
+    # Else its threads go on spinning between two runs, and take the cores from whoever is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if profile_prefix is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = profile_prefix
     if threads is not None:
         options.intra_op_num_threads = threads
     if optimized_path is not None:

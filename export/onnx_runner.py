@@ -23,6 +23,7 @@ class ONNXRunner:
 
     Attributes:
         file: The content of the file, see `ONNXFile`.
+        channels_first: Whether the file's own layout has the channels first.
 
     Raises:
         FileNotFoundError: If there is no such file, or external data are missing beside it.
@@ -44,7 +45,7 @@ class ONNXRunner:
         self._input, self._output = self.file.inputs[0], self.file.outputs[0]
         shape = self._input.shape
         # Files of other makers do not tell: one or three channels stand where they stand.
-        self._channels_first = len(shape) == 4 and (
+        self.channels_first = len(shape) == 4 and (
             self.file.metadata.get(LAYOUT_KEY) == "nchw"
             or (LAYOUT_KEY not in self.file.metadata and shape[1] in (1, 3))
         )
@@ -65,7 +66,7 @@ class ONNXRunner:
         """
         images = np.asarray(images, np.float32)
         shape = self._input.shape
-        expected = (*shape[2:], shape[1]) if self._channels_first else shape[1:]
+        expected = (*shape[2:], shape[1]) if self.channels_first else shape[1:]
         if images.ndim != len(shape) or images.shape[1:] != expected:
             raise ValueError(
                 f"The file reads images of shape (n, {', '.join(map(str, expected))})."
@@ -74,7 +75,7 @@ class ONNXRunner:
         if not len(images):
             return np.empty((0, *self._output.shape[1:]), np.float32)
         values = quantize(images, self._input)
-        if self._channels_first:
+        if self.channels_first:
             values = np.ascontiguousarray(values.transpose(0, 3, 1, 2))
         step = len(values) if shape[0] < 0 else shape[0]
         outputs = [self._run(values[i : i + step]) for i in range(0, len(values), step)]

@@ -9,14 +9,18 @@ import os
 import platform
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .check import TargetReport
 from .files import write_whole
 from .to_onnx import ONNXExport
 from .to_tflite import TFLiteExport
-from .verify import MIN_AGREEMENT, Scores
+from .verify import MIN_AGREEMENT, Scores, Thresholds, WorstImage
 
-SCHEMA = 1
+if TYPE_CHECKING:
+    from keras_effnet.quantization import Analysis
+
+SCHEMA = 2
 
 Export = TFLiteExport | ONNXExport
 
@@ -61,6 +65,8 @@ class ExportReport:
     - `versions`: of Python and of the packages that took part;
     - `model`: `name`, `weights` (as given), `input_shape` (height, width, channels), `classes`,
       `parameters`;
+    - `sizes`: `float_bytes` and `int8_bytes`, of the model's parameters in these types, to compare
+      the file with; empty if nobody counted;
     - `quantizer`: null if nothing was calibrated, else how a float model was quantized: `name`
       ("core": this package, or "converter") and, of the core, the fields of its
       `QuantizationConfig`;
@@ -76,6 +82,13 @@ class ExportReport:
     - `verification`: the same of the images on which the models were compared;
     - `accuracy`: one entry per model, the Keras model first: the fields of `Scores`, shares in
       0..1, null where unknown;
+    - `thresholds`: what was demanded of the file, the fields of `Thresholds`;
+    - `failures`: what it does not reach, texts; empty if all is well;
+    - `worst_images`: the images on which it is farthest from the Keras model, the fields of
+      `WorstImage` and the `path` of the image or null;
+    - `targets`: what each device makes of a TFLite file, see `TargetReport.as_json`, without the
+      single operators; empty for ONNX;
+    - `layers`: null, or what quantization does to each tensor and kernel, see `Analysis.as_json`;
     - `seconds`: by stage;
     - `warnings`: texts; empty if all is well.
 
@@ -89,6 +102,13 @@ class ExportReport:
         seconds: By stage.
         warnings: Texts.
         quantizer: As above.
+        sizes: As above.
+        thresholds: As above.
+        failures: As above.
+        worst: As above.
+        worst_paths: Of the images in `worst`; empty if they do not come from files.
+        targets: As above.
+        analysis: What stands in `layers`.
     """
 
     command: tuple[str, ...]
@@ -100,6 +120,13 @@ class ExportReport:
     seconds: dict[str, float]
     warnings: tuple[str, ...]
     quantizer: dict[str, Any] | None = None
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    thresholds: Thresholds = Thresholds()
+    failures: tuple[str, ...] = ()
+    worst: tuple[WorstImage, ...] = ()
+    worst_paths: tuple[str, ...] = ()
+    targets: tuple[TargetReport, ...] = ()
+    analysis: Analysis | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The object described above, made of plain Python types."""
@@ -109,6 +136,7 @@ class ExportReport:
             "command": list(self.command),
             "versions": package_versions(),
             "model": self.model,
+            "sizes": self.sizes,
             "quantizer": self.quantizer,
             "file": {
                 "path": str(self.export.path),
@@ -123,6 +151,16 @@ class ExportReport:
             "calibration": None if self.calibration is None else _images(self.calibration),
             "verification": _images(self.verification),
             "accuracy": [dataclasses.asdict(scores) for scores in self.scores],
+            "thresholds": dataclasses.asdict(self.thresholds),
+            "failures": list(self.failures),
+            "worst_images": [
+                dataclasses.asdict(image) | {"path": path}
+                for image, path in zip(
+                    self.worst, self.worst_paths or (None,) * len(self.worst), strict=True
+                )
+            ],
+            "targets": [_target(verdict) for verdict in self.targets],
+            "layers": None if self.analysis is None else self.analysis.as_json(),
             "seconds": {stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
             "warnings": list(self.warnings),
         }
@@ -190,6 +228,12 @@ def _particulars(export: Export) -> dict[str, Any]:
         "float_ops": export.optimized.float_ops,
         "conversions": export.optimized.conversions,
     }
+
+
+def _target(verdict: TargetReport) -> dict[str, Any]:
+    written = verdict.as_json()
+    del written["operators"]  # Of a float file, all of them.
+    return written
 
 
 def _tensor(tensor: Any) -> dict[str, Any]:

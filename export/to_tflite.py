@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from . import targets
 from ._console import native_logs_muted
 from ._optional import import_tensorflow
+from .check import NOT_MAPPED, TargetReport, check_file
 from .files import check_target, write_whole
+from .metadata import ModelMetadata, add_metadata
 from .source import check_convertible, check_ends, listing
 from .tflite_file import TFLiteFile, read_tflite
 
@@ -40,12 +43,14 @@ class TFLiteExport:
         quantization: As asked for.
         io_dtype: Type of input and output.
         file: Size, inputs, outputs, operators and tensors, read back from the file.
+        verdict: What the target makes of the file, or None if it was not asked.
     """
 
     path: Path
     quantization: str
     io_dtype: str
     file: TFLiteFile
+    verdict: TargetReport | None = None
 
 
 def to_tflite(
@@ -55,6 +60,8 @@ def to_tflite(
     quantization: str = "float32",
     calibration_data: Iterable[np.ndarray] | None = None,
     io_dtype: str = "float32",
+    target: str = targets.GENERIC,
+    metadata: ModelMetadata | None = None,
     overwrite: bool = False,
 ) -> TFLiteExport:
     """Writes a Keras model as a TFLite file whose batch size is 1.
@@ -83,6 +90,13 @@ def to_tflite(
         io_dtype: Type of input and output: `"float32"`, or for `"int8"` also `"uint8"` (a camera's
             pixels as they are, if the model reads 0..255) or `"int8"`. With `"float32"` an int8
             file begins with a QUANTIZE and ends with a DEQUANTIZE operator.
+        target: The device: `"generic"`, `"android"` or `"coral"` (see `targets`). For `"coral"`
+            the file is int8 with `io_dtype` `"uint8"` or `"int8"`, and a model from
+            `quantize_model` is written with the Edge TPU's operators alone; quantize it with
+            `QuantizationConfig(per_channel_head=False)`. A file that the target does not take is
+            not written.
+        metadata: What the file tells of itself, with the names of the classes, for MediaPipe and
+            Android's tools; see `ModelMetadata`. None leaves it out.
         overwrite: Whether an existing file may be replaced.
 
     Returns:
@@ -97,9 +111,10 @@ def to_tflite(
         TypeError: If `model` is no Keras model or `calibration_data` can be iterated only once.
         ValueError: If the arguments do not fit each other, the model has unknown sizes, several
             inputs or outputs or computes in half precision, TFLite has no operator for a layer,
-            or the calibration data are empty, of another shape or scale, or not finite.
+            the target does not take the file, the metadata do not fit the model, or the
+            calibration data are empty, of another shape or scale, or not finite.
     """
-    check_options(quantization, io_dtype)
+    check_options(quantization, io_dtype, target)
     quantized = _holds_ranges(model)
     _check_calibration(quantization, calibration_data is not None, quantized)
     check_target(path, overwrite=overwrite)
@@ -108,7 +123,7 @@ def to_tflite(
         # Loads Keras, which importing this room does not.
         from .int8_tflite import convert_quantized
 
-        data = convert_quantized(model, io_dtype)
+        data = convert_quantized(model, io_dtype, target)
     else:
         check_convertible(model, "TFLite")
         samples = None
@@ -119,12 +134,33 @@ def to_tflite(
     file = read_tflite(data)
     if not quantized:
         _check_file(file, quantization)
+    verdict = check_file(data, target)
+    if not verdict.fits:
+        raise ValueError(_refusal(verdict, model.name))
+    if metadata is not None:
+        data = add_metadata(data, metadata)
+        file = read_tflite(data)
     path = write_whole(path, data, overwrite=overwrite)
-    return TFLiteExport(path=path, quantization=quantization, io_dtype=io_dtype, file=file)
+    return TFLiteExport(path, quantization, io_dtype, file, verdict)
 
 
-def check_options(quantization: str, io_dtype: str) -> None:
-    """Raises ValueError unless both are known and fit each other."""
+def _refusal(verdict: TargetReport, model_name: str) -> str:
+    failed = [
+        f"{item.op} {item.output!r}: {item.reasons[0]}"
+        for item in verdict.operators
+        if item.status == NOT_MAPPED
+    ]
+    parts = [*verdict.problems]
+    if failed:
+        parts.append(f"{len(failed)} operators are not mapped: {listing(failed)}.")
+    return (
+        f"The target {verdict.target!r} does not take {model_name!r}. "
+        f"{' '.join(parts)} {' '.join(verdict.advice)}".strip()
+    )
+
+
+def check_options(quantization: str, io_dtype: str, target: str = targets.GENERIC) -> None:
+    """Raises ValueError unless all are known and fit each other."""
     for name, value, allowed in (
         ("quantization", quantization, QUANTIZATIONS),
         ("io_dtype", io_dtype, IO_DTYPES),
@@ -135,6 +171,12 @@ def check_options(quantization: str, io_dtype: str) -> None:
         raise ValueError(
             f"io_dtype={io_dtype!r} needs quantization='int8'; other files read and write "
             f"float32. Received: quantization={quantization!r}"
+        )
+    allowed = targets.get_target(target).io_dtypes
+    if allowed and (quantization != "int8" or io_dtype not in allowed):
+        raise ValueError(
+            f"target={target!r} needs quantization='int8' and an io_dtype out of {allowed}. "
+            f"Received: quantization={quantization!r}, io_dtype={io_dtype!r}"
         )
 
 
@@ -151,7 +193,7 @@ def reads_pixels(model: keras.Model) -> bool:
         (layer for layer in model.layers if not isinstance(layer, keras.layers.InputLayer)), None
     )
     if isinstance(first, FakeQuant):  # The rescaling of a quantized model is folded away.
-        return float(first.maximum) > _DARKEST_MAXIMUM
+        return first.params.max > _DARKEST_MAXIMUM
     return (
         isinstance(first, keras.layers.Rescaling)
         and float(np.max(np.abs(first.scale))) < _PIXEL_SCALE

@@ -12,16 +12,35 @@ import sys
 from collections.abc import Sequence
 
 from keras_effnet.cli import (
+    benchmark,
+    check_tflite,
     common,
+    completion,
     convert_weights,
+    evaluate,
     export_onnx,
     export_tflite,
     family,
+    inspect,
+    predict,
     quickstart,
     scale,
 )
 
-COMMANDS = (convert_weights, export_onnx, export_tflite, family, quickstart, scale)
+COMMANDS = (
+    benchmark,
+    check_tflite,
+    completion,
+    convert_weights,
+    evaluate,
+    export_onnx,
+    export_tflite,
+    family,
+    inspect,
+    predict,
+    quickstart,
+    scale,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,12 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argparse itself exits with 0 after `--help` and 2 for arguments it cannot read.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    args = _parser().parse_args(argv)
+    args = make_parser().parse_args(argv)
     args.command_line = ("keras-effnet", *argv)
     return common.guarded(args)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="keras-effnet",
         description="EfficientNet in Keras 3, for phones and edge boards.",

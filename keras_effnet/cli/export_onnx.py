@@ -17,6 +17,7 @@ examples:
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from keras_effnet.cli import exporting
@@ -146,10 +147,10 @@ def _preprocessing(source: exporting.Source) -> dict[str, Any]:
     return transform
 
 
-def _open(args: argparse.Namespace) -> Predictor:
+def _open(path: Path, args: argparse.Namespace) -> Predictor:
     from keras_effnet.export import ONNXRunner
 
-    return ONNXRunner(args.output, threads=args.threads).predict
+    return ONNXRunner(path, threads=args.threads).predict
 
 
 def _warnings(args: argparse.Namespace, export: ONNXExport) -> list[str]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_effnet.cli import common
+from keras_effnet.cli import common, opening
 from keras_effnet.cli.common import UsageError
 from keras_effnet.specs import ModelSpec, PreprocessingSpec, get_spec
 
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
     import numpy as np
 
     from keras_effnet.data import ImageDataset, Labels
-    from keras_effnet.export import ExportReport, Scores, TensorInfo
+    from keras_effnet.export import ExportReport, Scores, TargetReport, TensorInfo
     from keras_effnet.export.report import Export, ImagesUsed
-    from keras_effnet.export.verify import Predictor
-    from keras_effnet.quantization import QuantizationConfig
+    from keras_effnet.export.verify import Outputs, Predictor, Thresholds, WorstImage
+    from keras_effnet.quantization import Analysis, QuantizationConfig
 
 DEFAULT_CALIBRATION_SAMPLES = 200
 # Without evaluation images, the file is compared with the model on this many.
 _CALIBRATION_IMAGES_COMPARED = 32
 _RANDOM_IMAGES_COMPARED = 4
 _IMAGENET_CLASSES = 1000
+# The worst images and layers that a report shows, and the images on which layers are measured.
+_WORST_IMAGES = 8
+_WORST_LAYERS = 6
+_ANALYSIS_IMAGES = 16
+# Sides of the photographs in the HTML report, in pixels.
+_PICTURE_SIDE = 224
+_THRESHOLDS = ("min_agreement", "min_sqnr", "min_top1", "max_top1_loss")
 # Arguments of this package's quantizer.
 _OF_CORE = ("calibration_method", "corrections", "keep_float", "ranges", "save_ranges")
 
@@ -46,17 +55,19 @@ class Format:
         check: Raises ValueError if arguments of the format's own do not fit each other.
         write: Writes the file, from the arguments, the source, the model (quantized by this
             package, or as it is) and the calibration images that are left to the converter.
-        open: A function from images to outputs that runs the written file.
+        open: A function from images to outputs that runs the file of a path.
         warn: Texts on what the file is, apart from its accuracy.
         describe: What else is to be shown of the file, line by line.
+        judge: What each device makes of the file.
     """
 
     runtime: str
     check: Callable[[argparse.Namespace], None]
     write: Callable[[argparse.Namespace, Source, keras.Model, Calibration | None], Export]
-    open: Callable[[argparse.Namespace], Predictor]
+    open: Callable[[Path, argparse.Namespace], Predictor]
     warn: Callable[[argparse.Namespace, Export], list[str]]
     describe: Callable[[Export], list[str]] = lambda export: []
+    judge: Callable[[Export], tuple[TargetReport, ...]] = lambda export: ()
 
 
 # Arguments
@@ -105,7 +116,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--corrections",
         metavar="LIST",
         type=_names,
-        help="what is corrected, separated by commas: swish_equalization, linear_equalization, "
+        help="what is corrected, separated by commas: swish_equalization, "
         "learned_rounding, bias_correction; or none (default: what usually helps)",
     )
     group.add_argument(
@@ -177,8 +188,42 @@ def add_images(parser: argparse.ArgumentParser) -> None:
 
 def add_verification(parser: argparse.ArgumentParser, runtime: str) -> None:
     """Adds the arguments of the verification and its report."""
-    parser.add_argument("--report", metavar="FILE.json", help="write what was done and measured")
-    parser.add_argument(
+    group = parser.add_argument_group(
+        "verification",
+        "a file that fails is kept as NAME.failed.EXTENSION, and the exit code is 1",
+    )
+    group.add_argument(
+        "--min-agreement",
+        metavar="SHARE",
+        type=float,
+        help="share of the images, in 0..1, on which the file must choose the class of the Keras "
+        "model",
+    )
+    group.add_argument(
+        "--min-sqnr",
+        metavar="DB",
+        type=float,
+        help="signal to noise that the outputs must have, in decibels",
+    )
+    group.add_argument(
+        "--min-top1",
+        metavar="SHARE",
+        type=float,
+        help="share of the evaluation images, in 0..1, that the file must get right",
+    )
+    group.add_argument(
+        "--max-top1-loss",
+        metavar="SHARE",
+        type=float,
+        help="by how much that share may be below the Keras model's, e.g. 0.01",
+    )
+    group.add_argument("--report", metavar="FILE.json", help="write what was done and measured")
+    group.add_argument(
+        "--html-report",
+        metavar="FILE.html",
+        help="write the same as a page, with the worst images and layers",
+    )
+    group.add_argument(
         "--threads",
         metavar="N",
         type=common.positive_int,
@@ -223,6 +268,7 @@ def run(args: argparse.Namespace, form: Format) -> None:
         evaluation = _open(args.evaluation_data, args.evaluation_samples, args, source, labels)
 
     from keras_effnet.export import ExportReport, write_report
+    from keras_effnet.export.html_report import write_html
     from keras_effnet.quantization import quantize_model, save_calibration
 
     batches = None if calibration is None else Calibration(calibration, args.batch_size)
@@ -238,7 +284,18 @@ def run(args: argparse.Namespace, form: Format) -> None:
         export = form.write(args, source, model, batches)
     with common.stage("verification", f"Verifying {args.output} in {form.runtime} …", seconds):
         comparison = _comparison(args, source, calibration, evaluation)
-        scores = _verify(args, source, form, comparison)
+        outputs = _verify(source, form, args, export, comparison)
+        keras_scores, scores = outputs.scores()
+    thresholds = _thresholds(args)
+    failures = thresholds.failures(scores, keras_scores)
+    if failures:
+        export = _kept_as_failed(export)
+    analysis = None
+    if model is not source.model and (failures or args.html_report is not None):
+        with common.stage("layers", "Measuring the layers …", seconds):
+            analysis = _analysis(source.model, model, comparison)
+    worst = _worst(outputs)
+    paths = comparison.paths([image.index for image in worst])
 
     report = ExportReport(
         command=args.command_line,
@@ -249,17 +306,35 @@ def run(args: argparse.Namespace, form: Format) -> None:
             "classes": source.classes,
             "parameters": source.model.count_params(),
         },
+        sizes={
+            "float_bytes": 4 * source.model.count_params(),
+            "int8_bytes": int8_bytes(source.model),
+        },
         quantizer=_quantizer(args, config, calibration),
         export=export,
         calibration=calibration and _used(args.calibration_data, calibration),
         verification=comparison.used,
-        scores=scores,
+        scores=(keras_scores, scores),
         seconds=seconds,
-        warnings=(*_warnings(args, scores[1], comparison), *form.warn(args, export)),
+        warnings=(*_warnings(args, scores, comparison), *form.warn(args, export)),
+        thresholds=thresholds,
+        failures=failures,
+        worst=worst,
+        worst_paths=paths,
+        targets=form.judge(export),
+        analysis=analysis,
     )
     if args.report is not None:
         write_report(args.report, report, overwrite=args.overwrite)
+    if args.html_report is not None:
+        pictures = comparison.pictures([image.index for image in worst])
+        names = _class_names(source, evaluation)
+        write_html(
+            args.html_report, report, names=names, pictures=pictures, overwrite=args.overwrite
+        )
     _print(report, form)
+    if failures:
+        raise RuntimeError(_failure(report))
 
 
 def _complete(args: argparse.Namespace) -> None:
@@ -308,10 +383,21 @@ def _check(args: argparse.Namespace, form: Format) -> None:
     if args.model is not None:
         _check_calibration(args, quantized=False)
     common.checked(check_target, args.output, overwrite=args.overwrite)
-    if args.report is not None:
-        if Path(args.report).resolve() == Path(args.output).resolve():
-            raise UsageError("--report and --output are the same file.")
-        common.checked(check_target, args.report, overwrite=args.overwrite)
+    written = {"output": args.output}
+    for name in ("report", "html_report"):
+        path = getattr(args, name)
+        if path is None:
+            continue
+        for other, other_path in written.items():
+            if Path(path).resolve() == Path(other_path).resolve():
+                raise UsageError(f"{_flag(name)} and {_flag(other)} are the same file.")
+        written[name] = path
+        common.checked(check_target, path, overwrite=args.overwrite)
+    thresholds = _thresholds(args)
+    if thresholds.any:
+        common.checked(check_target, failed_path(args.output), overwrite=args.overwrite)
+    if thresholds.needs_labels and args.evaluation_data is None:
+        raise UsageError("--min-top1 and --max-top1-loss need --evaluation-data with labels.")
 
 
 def _check_quantizer(args: argparse.Namespace) -> None:
@@ -386,6 +472,9 @@ def _config(args: argparse.Namespace) -> QuantizationConfig | None:
         "keep_float": args.keep_float,
     }
     given = {name: value for name, value in given.items() if value is not None}
+    if getattr(args, "target", None) == "coral":
+        # The Edge TPU's compiler knows dense kernels of one scale alone.
+        given["per_channel_head"] = False
     return common.checked(QuantizationConfig, **given)
 
 
@@ -451,7 +540,7 @@ def _open_model(args: argparse.Namespace, labels: Labels | None) -> Source:
         model = _create(args, spec, classes)
         source = Source(model, spec.preprocessing, in_graph=True, labels=labels)
     else:
-        model = _load(args.keras_model)
+        model = load_model(args.keras_model)
         _check_calibration(args, is_quantized(model))
         spec = _spec_of(model)
         preprocessing = PreprocessingSpec() if spec is None else spec.preprocessing
@@ -487,7 +576,12 @@ def _create(args: argparse.Namespace, spec: ModelSpec, classes: int) -> keras.Mo
     return model
 
 
-def _load(path: str) -> keras.Model:
+def load_model(path: str) -> keras.Model:
+    """Loads a saved model that classifies RGB images, with the layers of this package.
+
+    Raises:
+        ValueError: If it cannot be loaded, or is another kind of model.
+    """
     import keras
 
     # Their layers are registered when they are imported.
@@ -574,11 +668,54 @@ def _batches(images: ImageDataset, batch_size: int, what: str) -> Iterator[Any]:
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The images on which the file is compared with the Keras model."""
+    """The images on which the file is compared with the Keras model: a set, or an array."""
 
-    batches: Iterator[tuple[np.ndarray, np.ndarray | None]]
     used: ImagesUsed
+    batch_size: int
+    images: ImageDataset | None = None
+    array: np.ndarray | None = None
     random: bool = False
+
+    def batches(self) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+        """Starts a pass, with progress."""
+        if self.array is not None:
+            return iter([(self.array, None)])
+        return _batches(self.images, self.batch_size, "evaluation")
+
+    def sample(self, number: int) -> np.ndarray:
+        """The first images."""
+        if self.array is not None:
+            return self.array[:number]
+        images, _ = next(self.images.batches(min(number, len(self.images))))
+        return images
+
+    def paths(self, indices: list[int]) -> tuple[str, ...]:
+        """Paths of images; none if they do not come from files."""
+        if self.images is None or self.images.paths is None:
+            return ()
+        return tuple(str(self.images.paths[index]) for index in indices)
+
+    def pictures(self, indices: list[int]) -> dict[int, bytes]:
+        """Images as JPEG, small; none of random ones."""
+        if self.images is None or not indices:
+            return {}
+        found = {}
+        # As pixels in 0..255, before the transform of the batches.
+        for index, image in zip(range(max(indices) + 1), self.images.stream(), strict=False):
+            if index in indices:
+                found[index] = _jpeg(image)
+        return found
+
+
+def _jpeg(image: np.ndarray) -> bytes:
+    import numpy as np
+    from PIL import Image
+
+    picture = Image.fromarray(np.clip(np.round(image), 0, 255).astype(np.uint8))
+    picture.thumbnail((_PICTURE_SIDE, _PICTURE_SIDE))
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=80)
+    return encoded.getvalue()
 
 
 def _comparison(
@@ -591,15 +728,15 @@ def _comparison(
 
     if evaluation is not None:
         used = _used(args.evaluation_data, evaluation)
-        return _Comparison(_batches(evaluation, args.batch_size, "evaluation"), used)
+        return _Comparison(used, args.batch_size, images=evaluation)
     if calibration is not None:
         batches = calibration.batches(min(_CALIBRATION_IMAGES_COMPARED, len(calibration)))
         images, _ = next(batches)
         used = ImagesUsed(f"{args.calibration_data} (calibration)", len(images), labelled=False)
-        return _Comparison(iter([(images, None)]), used)
+        return _Comparison(used, args.batch_size, images=calibration, array=images)
     images = _random_images(source, args.seed)
     used = ImagesUsed("random pixels", len(images), labelled=False)
-    return _Comparison(iter([(images, None)]), used, random=True)
+    return _Comparison(used, args.batch_size, array=images, random=True)
 
 
 def _random_images(source: Source, seed: int) -> np.ndarray:
@@ -614,16 +751,112 @@ def _random_images(source: Source, seed: int) -> np.ndarray:
 
 
 def _verify(
-    args: argparse.Namespace, source: Source, form: Format, comparison: _Comparison
-) -> tuple[Scores, ...]:
+    source: Source,
+    form: Format,
+    args: argparse.Namespace,
+    export: Export,
+    comparison: _Comparison,
+) -> Outputs:
     """Runs the Keras model and the written file on the same images."""
-    from keras_effnet.export import compare
+    from keras_effnet.export.verify import predict_all
 
     predictors = {
         "Keras model": source.model.predict_on_batch,
-        Path(args.output).name: form.open(args),
+        export.path.name: form.open(export.path, args),
     }
-    return tuple(compare(predictors, comparison.batches))
+    return predict_all(predictors, comparison.batches())
+
+
+def _thresholds(args: argparse.Namespace) -> Thresholds:
+    from keras_effnet.export.verify import Thresholds
+
+    return common.checked(Thresholds, **{name: getattr(args, name) for name in _THRESHOLDS})
+
+
+def failed_path(path: str | Path) -> Path:
+    """The name under which a file that failed is kept: `m.tflite` -> `m.failed.tflite`."""
+    path = Path(path)
+    return path.with_name(f"{path.stem}.failed{path.suffix}")
+
+
+def _kept_as_failed(export: Export) -> Export:
+    kept = failed_path(export.path)
+    export.path.replace(kept)
+    return dataclasses.replace(export, path=kept)
+
+
+def _analysis(model: keras.Model, quantized: keras.Model, comparison: _Comparison) -> Analysis:
+    """What quantization does to every tensor, and what the noisiest layers cost alone."""
+    from keras_effnet.quantization import analyze
+
+    images = comparison.sample(_ANALYSIS_IMAGES)
+    logger = logging.getLogger("tensorflow")
+    level = logger.level
+    # Each of the models below is run once, which TensorFlow calls expensive retracing.
+    logger.setLevel(logging.ERROR)
+    try:
+        analysis = analyze(model, quantized, images, layers=(), verbose=False)
+        layers = noisiest_layers(analysis)[:_WORST_LAYERS]
+        alone = analyze(model, quantized, images, layers=layers, verbose=False)
+    finally:
+        logger.setLevel(level)
+    return dataclasses.replace(analysis, losses=alone.losses)
+
+
+def noisiest_layers(analysis: Analysis) -> list[str]:
+    """Layers in the order of their least signal to noise, where they add noise of their own."""
+    found: dict[str, float] = {}
+    before = math.inf
+    for row in analysis.rows:
+        # Noise is handed on: a layer is to blame for what it loses against the layer before it.
+        lost = min(before, 60.0) - row.sqnr if row.kind == "tensor" else 40.0 - row.sqnr
+        found[row.layer] = max(found.get(row.layer, -math.inf), lost)
+        before = row.sqnr if row.kind == "tensor" else before
+    return sorted(found, key=found.get, reverse=True)
+
+
+def _class_names(source: Source, evaluation: ImageDataset | None) -> tuple[str, ...]:
+    if source.labels is not None:
+        return source.labels.names
+    names = tuple(str(index) for index in range(source.classes))
+    known = evaluation is not None and evaluation.labels is not None
+    return opening.folder_names(evaluation, names) if known and evaluation.paths else names
+
+
+def _worst(outputs: Outputs) -> tuple[WorstImage, ...]:
+    from keras_effnet.export.verify import worst_images
+
+    reference, found = outputs.arrays.values()
+    return worst_images(found, reference, outputs.labels, _WORST_IMAGES)
+
+
+def _failure(report: ExportReport) -> str:
+    layers = ""
+    if report.analysis is not None and report.analysis.losses:
+        layers = f" Look at the layers {', '.join(report.analysis.worst())}."
+    return (
+        f"The file fails: {'; '.join(report.failures)}. It is kept as "
+        f"{str(report.export.path)!r}.{layers} docs/accuracy.md tells what helps."
+    )
+
+
+def int8_bytes(model: keras.Model) -> int:
+    """Bytes of the parameters of a float model in full-integer form.
+
+    Batch norms are folded away, a kernel value takes one byte, and every kernel has an int32 bias
+    (TFLite 8-bit quantization specification).
+    """
+    import keras
+
+    kinds = (keras.layers.Dense, keras.layers.Conv2D, keras.layers.DepthwiseConv2D)
+    total = 0
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, kinds) and layer.built:
+            kernel = layer.kernel.shape
+            depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
+            outputs = kernel[-1] * kernel[-2] if depthwise else kernel[-1]
+            total += math.prod(kernel) + 4 * outputs
+    return total
 
 
 def _used(path: str, images: ImageDataset) -> ImagesUsed:

@@ -31,7 +31,7 @@ def test_writes_every_key_of_the_schema(report, tmp_path):
     written = json.loads(path.read_text())
     assert sorted(written) == sorted(
         "schema command versions model quantizer file calibration verification accuracy seconds "
-        "warnings".split()
+        "warnings thresholds failures worst_images targets layers sizes".split()
     )
     documented = ExportReport.__doc__
     assert all(f"`{key}`" in documented for key in (*written, *written["file"]))
@@ -55,7 +55,7 @@ def test_refuses_to_replace_a_report(report, tmp_path):
     with pytest.raises(FileExistsError, match="exists"):
         write_report(tmp_path / "r.json", report)
     write_report(tmp_path / "r.json", report, overwrite=True)
-    assert json.loads((tmp_path / "r.json").read_text())["schema"] == 1
+    assert json.loads((tmp_path / "r.json").read_text())["schema"] == 2
 
 
 @pytest.mark.parametrize("quantization", sorted(MIN_AGREEMENT))

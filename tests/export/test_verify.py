@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from keras_effnet.export import TFLiteRunner, compare
-from keras_effnet.export.verify import score
+from keras_effnet.export.verify import Scores, Thresholds, score, worst_images
 
 REFERENCE = np.float32([[0.5, 0.3, 0.2], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6], [0.4, 0.3, 0.3]])
 
@@ -92,3 +92,53 @@ def test_sees_that_an_exported_file_agrees_and_a_shifted_one_does_not(model, ima
 def test_refuses(predictors, batches, message):
     with pytest.raises(ValueError, match=message):
         compare(predictors, batches)
+
+
+def scores_of(name, **changes):
+    fields = {"images": 4, "top1": 0.75, "top5": None, "agreement": 0.9, "sqnr_db": 20.0}
+    fields |= {"mean_abs_difference": 0.1, "max_abs_difference": 0.2} | changes
+    return Scores(name=name, **fields)
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "failure"),
+    [
+        ({"min_agreement": 0.9}, None),
+        ({"min_agreement": 0.901}, "agreement 90.00% is below 90.10%"),
+        ({"min_sqnr": 20.0}, None),
+        ({"min_sqnr": 20.5}, "SQNR 20.0 dB is below 20.5 dB"),
+        ({"min_top1": 0.75}, None),
+        ({"min_top1": 0.8}, "top-1 75.00% is below 80.00%"),
+        ({"max_top1_loss": 0.1}, None),
+        ({"max_top1_loss": 0.05}, "top-1 is 10.00% lower, more than 5.00%"),
+    ],
+)
+def test_thresholds_hold_at_their_value_and_fail_beyond(thresholds, failure):
+    reference, file = scores_of("Keras model", top1=0.85), scores_of("file")
+    found = Thresholds(**thresholds).failures(file, reference)
+    assert found == (() if failure is None else (failure,))
+
+
+def test_thresholds_without_noise_or_labels():
+    exact = scores_of("file", sqnr_db=None, top1=None)
+    assert Thresholds(min_sqnr=60.0).failures(exact, exact) == ()
+    with pytest.raises(ValueError, match="need labelled images"):
+        Thresholds(min_top1=0.5).failures(exact, exact)
+    with pytest.raises(ValueError, match="`min_agreement` must be a share in 0..1. Received: 95"):
+        Thresholds(min_agreement=95)
+    assert not Thresholds().any and Thresholds(max_top1_loss=0.0).any
+
+
+def test_worst_images_begin_with_another_choice():
+    outputs = REFERENCE.copy()
+    outputs[1] = [0.5, 0.5, 0.0]  # A tie goes to the lower class.
+    outputs[2] = [0.1, 0.1, 0.8]  # The same choice.
+    outputs[3] = [0.41, 0.3, 0.29]
+    worst = worst_images(outputs, REFERENCE, np.array([0, 1, 2, 0]), 3)
+    assert [image.index for image in worst] == [1, 2, 3]  # The first one does not differ.
+    first = worst[0]
+    assert (first.label, first.expected, first.found) == (1, 1, 0)
+    assert first.expected_score == pytest.approx(0.8)
+    assert first.found_score == pytest.approx(0.5)
+    assert first.distance == pytest.approx(np.sqrt(0.16 + 0.09 + 0.01))
+    assert worst_images(REFERENCE, REFERENCE, None, 3) == ()
