@@ -14,7 +14,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .build import RANGE_SUFFIX, build_model
+from .build import RANGE_SUFFIX, build_model, in_float32
 from .calibration import calibration_batches
 from .fake_quant import FakeQuant
 from .files import write_json
@@ -225,6 +225,7 @@ class Analysis:
         figure.savefig(path, dpi=110)
 
 
+@in_float32()
 def analyze(
     model: keras.Model,
     quantized: keras.Model,

@@ -1,5 +1,7 @@
 """A graph as a Keras model: in float for calibration, or with its fake-quant layers."""
 
+import contextlib
+
 import keras
 
 from .fake_quant import (
@@ -17,6 +19,20 @@ from .lowering import tensor_params
 from .scheme import FIXED, OUTPUT_RULES, shared_ranges
 
 RANGE_SUFFIX = "_range"
+
+
+class in_float32(contextlib.ContextDecorator):
+    """Builds layers that compute in float32, whatever the global dtype policy is.
+
+    What is measured (ranges, noise, a teacher's outputs) must not depend on it.
+    """
+
+    def __enter__(self):
+        self.policy = keras.config.dtype_policy()
+        keras.config.set_dtype_policy("float32")
+
+    def __exit__(self, *error):
+        keras.config.set_dtype_policy(self.policy)
 
 
 def build_model(

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .build import build_model
+from .build import build_model, in_float32
 from .graph import Graph
 from .scheme import OUTPUT_RULES, OWN, expects_pixels
 
@@ -167,6 +167,7 @@ def observed_nodes(graph: Graph) -> list[str]:
     return [node.name for node in graph if OUTPUT_RULES[node.op] == OWN or node.is_float]
 
 
+@in_float32()
 def collect(
     graph: Graph, images: Iterable[np.ndarray], total: int | None, verbose: bool
 ) -> dict[str, TensorStatistics]:

@@ -15,7 +15,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .build import RANGE_SUFFIX, build_model
+from .build import RANGE_SUFFIX, build_model, in_float32
 from .calibration import calibration_batches
 from .folding import fold
 from .graph import Graph, read_model
@@ -245,13 +245,13 @@ class _Run:
         self.names = _logits(teacher), _logits(student)
         self.held = images[held]
         self.output = keras.Model(model.inputs[0], self._tensor(self.names[1]))
+        # A single output comes without its list.
         self.wanted = self._observed([self.names[0]]).predict(
             self.held, config.batch_size, verbose=0
-        )[0]
+        )
         self.measure = self._divergence(1.0) if self.wanted.ndim == 2 else _relative_error
-        before = self._distance()
+        before, self.best = self._settled()
         self.result = Distillation(before, before)
-        self.best = model.get_weights()
 
     def train(self, verbose: bool) -> Distillation:
         """Trains, and leaves the best state in the model."""
@@ -350,21 +350,24 @@ class _Run:
 
     def _keep_if_better(self) -> bool:
         """Measures the settled model, and keeps it if it is the best so far."""
-        trained = self.model.get_weights()
-        settle(self.model)
-        distance = self._distance()
+        distance, weights = self._settled()
         result = self.result
         result.epochs.append(distance)
         better = distance < result.after
         if better:
-            result.after, result.kept = distance, len(result.epochs)
-            self.best = self.model.get_weights()
-        self.model.set_weights(trained)
+            result.after, result.kept, self.best = distance, len(result.epochs), weights
         return better
 
-    def _distance(self) -> float:
-        output = self.output.predict(self.held, self.config.batch_size, verbose=0)
-        return float(ops.convert_to_numpy(ops.mean(self.measure(self.wanted, output))))
+    def _settled(self) -> tuple[float, list[np.ndarray]]:
+        """Returns the distance on the held-back images and the weights of the settled model."""
+        trained = self.model.get_weights()
+        try:
+            settle(self.model)
+            output = self.output.predict(self.held, self.config.batch_size, verbose=0)
+            distance = float(ops.convert_to_numpy(ops.mean(self.measure(self.wanted, output))))
+            return distance, self.model.get_weights()
+        finally:
+            self.model.set_weights(trained)
 
     @staticmethod
     def _divergence(temperature):
@@ -378,6 +381,7 @@ class _Run:
 
         return divergence
 
+    @in_float32()
     def _observed(self, names):
         return build_model(self.teacher, quantized=False, observed=tuple(names))
 

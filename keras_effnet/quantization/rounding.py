@@ -17,7 +17,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from .build import build_model
+from .build import build_model, in_float32
 from .folding import same_padding
 from .graph import Graph, Node
 from .lowering import tensor_params
@@ -106,6 +106,7 @@ class _Moments(keras.layers.Layer):
         ]
 
 
+@in_float32()
 def collect_covariances(
     graph: Graph, batches: Iterable[np.ndarray], total: int | None, verbose: bool
 ) -> dict[str, np.ndarray]:

@@ -33,6 +33,8 @@ MAX_RATIO = 4095
 TABLE_MARGIN = 2e-4
 # Relative changes of a scale that are tried until a table has no entry near a half.
 TABLE_TRIALS = 1 + 1e-3 * np.arange(64)
+# Relative error of a few float32 operations: scales this near are the same.
+ROUNDING = 1e-6
 
 
 def odd(value: float) -> int:
@@ -46,7 +48,7 @@ def odd_below(values: np.ndarray) -> np.ndarray:
     Numbers within float32's rounding of an odd integer count as it, so that scales that were
     chosen by this function once are chosen again.
     """
-    values = np.asarray(values, np.float64) * (1 + 1e-6)
+    values = np.asarray(values, np.float64) * (1 + ROUNDING)
     return np.maximum(1, 2 * np.floor((values - 1) / 2) + 1)
 
 
@@ -209,8 +211,10 @@ def _align_kernel(graph: Graph, node: Node) -> None:
     ratios = odd_below(np.minimum(target / (source * natural), MAX_RATIO))
     scales = target / (source * ratios)
     # Where one output step is less than the accumulator's, only a finer output step would help.
-    scales = np.maximum(scales, natural)
-    node.weights["limits"] = (scales * KERNEL_MAX).astype(np.float32)
+    # A channel that has its scale already keeps it to the last bit.
+    grown = scales > natural * (1 + ROUNDING)
+    limits = np.where(grown, scales * KERNEL_MAX, node.weights["limits"])
+    node.weights["limits"] = limits.astype(np.float32)
 
 
 def round_biases(graph: Graph) -> None:

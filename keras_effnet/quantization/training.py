@@ -90,14 +90,14 @@ def settle(model: keras.Model) -> None:
         ValueError: If the model is not quantized, or a weight or a range is not finite or has
             collapsed (the layer is named).
     """
-    graph = read_quantized(model)
-    for node in graph.kernel_nodes():
-        if not all(np.all(np.isfinite(node.weights[key])) for key in ("kernel", "bias")):
+    require_quantized(model, "`settle`")
+    layers = list(layers_of(model))
+    for layer in layers:
+        if not all(np.all(np.isfinite(value)) for value in layer.get_weights()):
             raise ValueError(
-                f"The weights of layer {node.name!r} must be finite. Received: NaN or infinity. "
+                f"The weights of layer {layer.name!r} must be finite. Received: NaN or infinity. "
                 "Load the last good weights and train with a lower learning rate."
             )
-    layers = list(layers_of(model))
     ranges = [layer for layer in layers if isinstance(layer, FakeQuant) and not layer.fixed]
     for layer in ranges:
         low, high = layer.real_range()
@@ -107,6 +107,7 @@ def settle(model: keras.Model) -> None:
                 f"[{layer.initial_minimum:g}, {layer.initial_maximum:g}] to [{low:g}, {high:g}]. "
                 'Train with a lower learning rate, or with `training_ranges="fixed"`.'
             )
+    graph = read_quantized(model)
     remove_ties(graph, shared_ranges(graph))
     round_biases(graph)
     for layer in ranges:

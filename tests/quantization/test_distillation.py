@@ -1,0 +1,211 @@
+"""Distillation improves or keeps the start, and its result is what the file computes."""
+
+import keras
+import numpy as np
+import pytest
+from hand_made import folded, functional, integers_of_file, integers_of_model, network, pixels
+
+from keras_effnet.quantization import (
+    DistillationConfig,
+    QuantizationConfig,
+    distill,
+    quantize_model,
+    settle,
+)
+from keras_effnet.quantization.distillation import boundaries
+from keras_effnet.quantization.fake_quant import QUANTIZED_KERNELS
+from keras_effnet.quantization.lowering import read_quantized
+from keras_effnet.quantization.training import layers_of
+
+FAST = {"learning_rate": 1e-2, "shift": 1, "batch_size": 8}
+
+
+@pytest.fixture
+def student(tiny_quantized):
+    return disturbed(tiny_quantized)
+
+
+def copy_of(model):
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def disturbed(model):
+    """A copy whose kernels are off by some steps."""
+    copy, rng = copy_of(model), np.random.default_rng(0)
+    for layer in layers_of(copy):
+        if isinstance(layer, QUANTIZED_KERNELS):
+            kernel = keras.ops.convert_to_numpy(layer.kernel)
+            layer.kernel.assign(kernel + rng.normal(size=kernel.shape) * 0.03)
+    return copy
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="classes"),
+        pytest.param({"feature_weight": 1.0, "temperature": 4.0}, id="features"),
+        pytest.param({"mode": "block_wise", "epochs": 4}, id="block_wise"),
+    ],
+)
+def test_it_improves_and_gives_the_integers_of_the_file(options, tiny, student, tiny_images):
+    config = DistillationConfig(**{**FAST, "epochs": 8, **options})
+    result = distill(tiny, student, tiny_images, config, verbose=False)
+    assert result.after < 0.7 * result.before
+    assert result.after == min(result.before, *result.epochs)
+    assert result.epochs[result.kept - 1] == result.after
+    np.testing.assert_array_equal(
+        integers_of_model(student, tiny_images), integers_of_file(student, tiny_images)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training_ranges", ["moving_average", "learned"])
+def test_ranges_move_with_it(training_ranges, tiny, tiny_images):
+    config = QuantizationConfig(training_ranges=training_ranges, corrections=())
+    student = disturbed(quantize_model(tiny, tiny_images, config, verbose=False))
+    before = [layer.params for layer in layers_of(student) if hasattr(layer, "params")]
+    result = distill(
+        tiny, student, tiny_images, DistillationConfig(**FAST, epochs=6), verbose=False
+    )
+    assert result.after < result.before
+    after = [layer.params for layer in layers_of(student) if hasattr(layer, "params")]
+    assert sum(a != b for a, b in zip(before, after, strict=True)) > 5
+    np.testing.assert_array_equal(
+        integers_of_model(student, tiny_images), integers_of_file(student, tiny_images)
+    )
+
+
+def test_blocks_are_separated_where_one_tensor_holds_everything(tiny, tiny_quantized):
+    found = boundaries(folded(tiny), read_quantized(tiny_quantized))
+    assert found
+    graph = folded(tiny)
+    names = list(graph.nodes)
+    for name in found:
+        place = names.index(name)
+        # Nothing behind the boundary reads anything before it.
+        for node in list(graph)[place + 1 :]:
+            assert all(names.index(source) >= place for source in node.inputs)
+
+
+def test_it_keeps_the_start_where_training_harms(tiny, tiny_quantized, tiny_images):
+    student = copy_of(tiny_quantized)
+    start = student.get_weights()
+    config = DistillationConfig(epochs=3, learning_rate=10.0, patience=1)
+    result = distill(tiny, student, tiny_images, config, verbose=False)
+    assert len(result.epochs) == 1 and result.kept == 0
+    assert result.after == result.before < result.epochs[0]
+    for a, b in zip(start, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_teacher_and_the_dropout_are_left_alone(tiny_images):
+    def dropping(x):
+        x = keras.layers.GlobalAveragePooling2D()(x)
+        return keras.layers.Dense(3)(keras.layers.Dropout(0.5, name="drop")(x))
+
+    teacher = functional(16, dropping)
+    weights = [weight.copy() for weight in teacher.get_weights()]
+    student = quantize_model(teacher, tiny_images, verbose=False)
+    distill(teacher, student, tiny_images, DistillationConfig(epochs=1), verbose=False)
+    assert student.get_layer("drop").rate == 0.5
+    for a, b in zip(weights, teacher.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_batches_serve_as_images(tiny, student, tiny_images):
+    batches = [(tiny_images[:10], np.zeros(10)), (tiny_images[10:], np.zeros(14))]
+    config = DistillationConfig(**FAST, epochs=1)
+    twin = copy_of(student)
+    found = distill(tiny, student, batches, config, verbose=False)
+    assert found == distill(tiny, twin, tiny_images, config, verbose=False)
+
+
+def test_features_without_classes(tiny_images):
+    def trunk(x):
+        x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
+        return keras.layers.Conv2D(4, 3, padding="same")(x)
+
+    teacher = functional(16, trunk)
+    student = disturbed(quantize_model(teacher, tiny_images, verbose=False))
+    config = DistillationConfig(**{**FAST, "learning_rate": 3e-3}, epochs=12, patience=12)
+    result = distill(teacher, student, tiny_images, config, verbose=False)
+    assert result.after < 0.9 * result.before
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("mode", "layer_wise"),
+        ("epochs", 0),
+        ("batch_size", 0),
+        ("learning_rate", 0.0),
+        ("temperature", 0.0),
+        ("feature_weight", -1.0),
+        ("validation_share", 1.0),
+        ("patience", 0),
+        ("shift", -1),
+    ],
+)
+def test_bad_options_are_named(option, value):
+    with pytest.raises(ValueError, match=f"`{option}` must be .* Received: {value!r}"):
+        DistillationConfig(**{option: value})
+
+
+def test_bad_input(tiny, tiny_quantized, tiny_images):
+    with pytest.raises(ValueError, match="quantize it first"):
+        distill(tiny, tiny, tiny_images)
+    with pytest.raises(ValueError, match="must be the float model"):
+        distill(tiny_quantized, tiny_quantized, tiny_images)
+    with pytest.raises(ValueError, match=r"at least 2 image\(s\)"):
+        distill(tiny, tiny_quantized, tiny_images[:1])
+    with pytest.raises(ValueError, match="equal input and output shapes"):
+        distill(functional(32, network), tiny_quantized, pixels(4, side=32))
+    with pytest.raises(ValueError, match="looks? scaled already"):
+        distill(tiny, tiny_quantized, tiny_images / 255)
+    other = functional(16, lambda x: keras.layers.Dense(6)(keras.layers.Flatten()(x)))
+    with pytest.raises(ValueError, match="have no tensors between blocks in common"):
+        distill(other, tiny_quantized, tiny_images, DistillationConfig(feature_weight=1.0))
+
+
+def test_a_loss_that_is_not_finite_restores_the_best_state(
+    tiny, tiny_quantized, tiny_images, monkeypatch
+):
+    student = copy_of(tiny_quantized)
+    start = student.get_weights()
+    train = keras.Model.train_on_batch
+
+    def fail_later(model, *arguments, **options):
+        logs = train(model, *arguments, **options)
+        return {"loss": np.nan} if int(model.optimizer.iterations) == 2 else logs
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", fail_later)
+    config = DistillationConfig(**FAST)
+    with pytest.raises(ValueError, match="Received: nan in step 2 of epoch 1"):
+        distill(tiny, student, tiny_images, config, verbose=False)
+    for a, b in zip(start, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_interrupt_keeps_the_best_state(tiny, tiny_quantized, tiny_images, monkeypatch):
+    student = copy_of(tiny_quantized)
+    start = student.get_weights()
+
+    def interrupt(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(keras.utils.Progbar, "update", interrupt)
+    config = DistillationConfig(learning_rate=1.0)
+    result = distill(tiny, student, tiny_images, config, verbose=False)
+    assert result.interrupted and result.kept == 0
+    for a, b in zip(start, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_settled_models_stay_settled(tiny, student, tiny_images):
+    distill(tiny, student, tiny_images, DistillationConfig(**FAST, epochs=2), verbose=False)
+    weights = student.get_weights()
+    settle(student)
+    for a, b in zip(weights, student.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
