@@ -5,13 +5,14 @@ from .distillation import Distillation, DistillationConfig, distill
 from .lowering import is_quantized
 from .quantize import CORRECTIONS, QuantizationConfig, quantize_model
 from .ranges_file import load_calibration, save_calibration
-from .training import FreezeRanges, settle
+from .training import FreezeBatchNorms, FreezeRanges, settle
 
 __all__ = [
     "CORRECTIONS",
     "Analysis",
     "Distillation",
     "DistillationConfig",
+    "FreezeBatchNorms",
     "FreezeRanges",
     "QuantizationConfig",
     "analyze",

@@ -41,6 +41,7 @@ def build_model(
     observed: tuple[str, ...] | None = None,
     range_layer: type[FakeQuant] = FakeQuant,
     training_ranges: str = FIXED_RANGES,
+    batch_norm: bool = False,
 ):
     """Builds a Keras model that computes a folded graph.
 
@@ -54,6 +55,8 @@ def build_model(
         range_layer: Type of the layers through which quantized tensors pass.
         training_ranges: What training does to ranges, as `FakeQuant` takes it. Ranges that several
             tensors share stay fixed.
+        batch_norm: Whether training normalizes by the moments of the batches, where a batch norm
+            was folded.
 
     Returns:
         A Functional `keras.Model` whose layers have the names of the nodes, with new weights.
@@ -73,7 +76,8 @@ def build_model(
                     else tensor
                     for number, (name, tensor) in enumerate(zip(node.inputs, inputs, strict=True))
                 ]
-            tensors[node.name] = _apply(graph, node, inputs, quantized and not node.is_float)
+            whole = quantized and not node.is_float
+            tensors[node.name] = _apply(graph, node, inputs, whole, batch_norm)
         if quantized and node.params is not None:
             layer = range_layer(
                 node.params.min,
@@ -93,14 +97,14 @@ def _is_quantized(graph: Graph, name: str) -> bool:
     return tensor_params(graph, name) is not None
 
 
-def _apply(graph: Graph, node: Node, inputs: list, quantized: bool):
+def _apply(graph: Graph, node: Node, inputs: list, quantized: bool, batch_norm: bool):
     if node.op in ("conv", "depthwise", "dense"):
-        return _apply_kernel(graph, node, inputs[0], quantized)
+        return _apply_kernel(graph, node, inputs[0], quantized, batch_norm)
     layer = _LAYERS[node.op](node)
     return layer(inputs if len(inputs) > 1 else inputs[0])
 
 
-def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool):
+def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm: bool):
     kernel = node.weights["kernel"]
     if node.op == "dense":
         if quantized:
@@ -129,12 +133,17 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool):
         else:
             kind = QuantizedConv2D if quantized else keras.layers.Conv2D
             arguments.update(filters=kernel.shape[3], groups=node.attrs["groups"])
+        normalized = quantized and batch_norm and "deviation" in node.weights
+        if normalized:
+            arguments["batch_norm"] = True
         layer = kind(**arguments)
     output = layer(tensor)
     if quantized:
         source = tensor_params(graph, node.inputs[0])
         reach = 1.0 if source is None else max(-source.min, source.max)
         layer.set_real(kernel, node.weights["bias"], node.weights["limits"], reach)
+        if node.op != "dense" and normalized:
+            layer.set_moments(node.weights["mean"], node.weights["deviation"])
     else:
         layer.kernel.assign(kernel)
         layer.bias.assign(node.weights["bias"])

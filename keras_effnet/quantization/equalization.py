@@ -111,7 +111,9 @@ def equalize_swish(
         kernel = source.weights["kernel"]
         shape = (-1, 1) if source.op == "depthwise" else (-1,)
         source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
-        source.weights["bias"] = (source.weights["bias"] / factors).astype(np.float32)
+        for key in ("bias", "mean", "deviation"):
+            if key in source.weights:
+                source.weights[key] = (source.weights[key] / factors).astype(np.float32)
         gate = next(graph[other] for other in node.inputs if graph[other].op == "sigmoid")
         scale = Node(
             graph.unique(f"{name}_scale"),

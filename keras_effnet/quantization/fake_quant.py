@@ -31,6 +31,10 @@ FIXED_RANGES, MOVING_AVERAGE, LEARNED = "fixed", "moving_average", "learned"
 TRAINING_RANGES = (FIXED_RANGES, MOVING_AVERAGE, LEARNED)
 # Share of the old range that one batch leaves, of a range that follows the batches.
 RANGE_MOMENTUM = 0.99
+# As `keras.layers.BatchNormalization` has them by default.
+NORM_MOMENTUM, NORM_EPSILON = 0.99, 1e-3
+# A channel that a batch norm keeps at less than this part of the largest is dead.
+LEAST_DEVIATION = 1e-3
 # A learned range keeps at least this part of its first width: it never collapses.
 LEAST_WIDTH = 1 / 256
 
@@ -270,6 +274,7 @@ class _QuantizedKernel:
 
     # Axis of the kernel that holds the output channels.
     channel_axis = -1
+    batch_norm = False
 
     def add_weight(self, *args, **kwargs):
         # Kernels are rounded in float32, whatever the layer computes in.
@@ -282,22 +287,82 @@ class _QuantizedKernel:
         self.kernel_limits = constant("kernel_limits", channels)
         self.kernel_unit = constant("kernel_unit", channels)
         self.bias_unit = constant("bias_unit", filters)
+        if self.batch_norm:
+            # Of the normalized output, (output - mean) / deviation: all of them near 0 or 1.
+            self.mean, self.deviation = constant("mean", filters), constant("deviation", filters)
+            self.moving_mean = constant("moving_mean", filters)
+            self.moving_variance = constant("moving_variance", filters)
+            self.moving = constant("moving", 1)
+            self.gamma = self.add_weight(shape=(filters,), initializer="ones", name="gamma")
+            self.beta = self.add_weight(shape=(filters,), initializer="zeros", name="beta")
+            self.moving_mean.assign(np.zeros(filters))
 
     def along_kernel(self, values):
         """Returns one value for each channel in a shape that broadcasts against the kernel."""
         # The channels of a depthwise kernel stand before its last axis.
         return values if self.channel_axis == -1 else values[:, None]
 
-    def _compute(self, inputs, operation):
+    def _compute(self, inputs, operation, training=None):
         """Applies `operation(inputs, kernel)`, the bias and the activation."""
         outputs = operation(inputs, ops.cast(self.quantized_kernel(), inputs.dtype))
-        bias = ops.cast(self.bias * self.bias_unit, outputs.dtype)
-        return self.activation(ops.add(outputs, bias))
+        outputs = ops.add(outputs, ops.cast(self._folded_bias(), outputs.dtype))
+        if self.batch_norm and training:
+            outputs = ops.cast(self._normalized(ops.cast(outputs, "float32")), outputs.dtype)
+        return self.activation(outputs)
+
+    def _folded_kernel(self):
+        kernel = self.kernel * self.along_kernel(self.kernel_unit)
+        return kernel * self.along_kernel(self._gain()) if self.batch_norm else kernel
+
+    def _folded_bias(self):
+        bias = self.bias * self.bias_unit
+        if not self.batch_norm:
+            return bias
+        normalized = (bias - self.mean) / self.deviation - self.moving_mean
+        return (normalized * self._gain() + self.beta) * self.deviation + self.mean
+
+    def _gain(self):
+        return self.gamma / ops.sqrt(self.moving_variance)
+
+    def _normalized(self, outputs):
+        """Corrects outputs that were normalized by the moving moments to the batch's.
+
+        While the moments move, the kernel is folded (and rounded) with the moving variance, and
+        its outputs are corrected (Krishnamoorthi, 2018, section 3.2.2,
+        https://arxiv.org/abs/1806.08342); one convolution serves for both.
+        """
+        values = (outputs - self.mean) / self.deviation
+        axes = tuple(range(len(outputs.shape) - 1))
+        mean, variance = ops.mean(values, axes), ops.var(values, axes)
+        normalized = (values - mean) * ops.rsqrt(variance + NORM_EPSILON) * ops.abs(self.gamma)
+        corrected = (normalized + self.beta) * self.deviation + self.mean
+        # In the units of the kernel before folding, which the moving moments describe.
+        gain = self._gain()
+        share = (1 - NORM_MOMENTUM) * self.moving
+        self.moving_mean.assign(self.moving_mean + share * (mean - self.beta) / gain)
+        change = variance / ops.square(gain) - self.moving_variance
+        self.moving_variance.assign(self.moving_variance + share * change)
+        return ops.where(self.moving > 0, corrected, outputs)
+
+    def set_moments(self, mean, deviation):
+        """Sets the moments to which the batch norm brings the outputs, in real values."""
+        least = LEAST_DEVIATION * max(float(np.max(deviation)), 1e-6)
+        self.mean.assign(mean)
+        self.deviation.assign(np.maximum(deviation, least))
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether training normalizes by the moments of the batches."""
+        return self.batch_norm and float(ops.convert_to_numpy(self.moving)[0]) > 0
+
+    def freeze(self):
+        """Freezes the moments of the batch norm: training goes on with the folded kernel."""
+        if self.batch_norm:
+            self.moving.assign([0.0])
 
     def quantized_kernel(self):
         """Returns the kernel rounded to the integers of its limits, in real values, float32."""
-        kernel = self.kernel * self.along_kernel(self.kernel_unit)
-        return _fake_quant_kernel(kernel, self.kernel_limits, self.channel_axis)
+        return _fake_quant_kernel(self._folded_kernel(), self.kernel_limits, self.channel_axis)
 
     # The convolutions of Keras save their kernel and bias alone; the limits belong to them too.
     def save_own_variables(self, store):
@@ -307,7 +372,7 @@ class _QuantizedKernel:
         keras.layers.Layer.load_own_variables(self, store)
 
     def set_real(self, kernel, bias, limits=None, input_reach=None):
-        """Sets kernel and bias, in real values.
+        """Sets kernel and bias, in real values, with the batch norm folded into them.
 
         Args:
             kernel: Array of the kernel's shape.
@@ -325,44 +390,76 @@ class _QuantizedKernel:
         unit = self.along_kernel(ops.convert_to_numpy(self.kernel_unit))
         self.kernel.assign(kernel / unit)
         self.bias.assign(bias / ops.convert_to_numpy(self.bias_unit))
+        if self.batch_norm:
+            for variable, value in (
+                (self.gamma, 1.0),
+                (self.beta, 0.0),
+                (self.moving_mean, 0.0),
+                (self.moving_variance, 1.0),
+            ):
+                variable.assign(np.full(variable.shape, value))
 
     def real_kernel(self) -> np.ndarray:
-        """Returns the kernel as it is trained, not rounded, in real values."""
-        unit = ops.convert_to_numpy(self.kernel_unit)
-        return ops.convert_to_numpy(self.kernel) * self.along_kernel(unit)
+        """Returns the folded kernel as it is trained, not rounded, in real values."""
+        return ops.convert_to_numpy(self._folded_kernel())
 
     def real_bias(self) -> np.ndarray:
-        """Returns the bias in real values."""
-        return ops.convert_to_numpy(self.bias) * ops.convert_to_numpy(self.bias_unit)
+        """Returns the folded bias in real values."""
+        return ops.convert_to_numpy(self._folded_bias())
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class QuantizedConv2D(_QuantizedKernel, keras.layers.Conv2D):
-    """`keras.layers.Conv2D` whose kernel has 8 bits, one scale for each output channel."""
+    """`keras.layers.Conv2D` whose kernel has 8 bits, one scale for each output channel.
+
+    Args:
+        batch_norm: Whether training normalizes the output by the moments of the batches, with a
+            scale and an offset for each channel; outside training they are folded into kernel and
+            bias.
+
+    The other arguments are those of `keras.layers.Conv2D`.
+    """
+
+    def __init__(self, *args, batch_norm=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batch_norm = batch_norm
 
     def build(self, input_shape):
         super().build(input_shape)
         self._build_limits(self.filters, self.filters)
 
-    def call(self, inputs):
-        return self._compute(inputs, self.convolution_op)
+    def call(self, inputs, training=None):
+        return self._compute(inputs, self.convolution_op, training)
+
+    def get_config(self):
+        return {**super().get_config(), "batch_norm": self.batch_norm}
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
 class QuantizedDepthwiseConv2D(_QuantizedKernel, keras.layers.DepthwiseConv2D):
     """`keras.layers.DepthwiseConv2D` whose kernel has 8 bits, one scale for each channel.
 
-    The depth multiplier must be 1.
+    Args:
+        batch_norm: As in `QuantizedConv2D`.
+
+    The other arguments are those of `keras.layers.DepthwiseConv2D`; the depth multiplier must be 1.
     """
 
     channel_axis = 2
+
+    def __init__(self, *args, batch_norm=False, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.batch_norm = batch_norm
 
     def build(self, input_shape):
         super().build(input_shape)
         self._build_limits(self.kernel.shape[2], self.kernel.shape[2])
 
-    def call(self, inputs):
-        return self._compute(inputs, self._convolve)
+    def call(self, inputs, training=None):
+        return self._compute(inputs, self._convolve, training)
+
+    def get_config(self):
+        return {**super().get_config(), "batch_norm": self.batch_norm}
 
     def _convolve(self, inputs, kernel):
         return ops.depthwise_conv(

@@ -38,6 +38,7 @@ def compose_affines(graph: Graph) -> None:
         if graph.only_consumer(producer.name) is not node:
             continue
         scale, offset = node.weights["scale"], node.weights["offset"]
+        # The moments of a batch norm's output are those of the last of the chain.
         node.weights["offset"] = producer.weights["offset"] * scale + offset
         node.weights["scale"] = producer.weights["scale"] * scale
         node.is_float |= producer.is_float
@@ -94,6 +95,10 @@ def fold_affine_into_producer(graph: Graph) -> None:
         layer.weights["kernel"] = kernel.astype(np.float32)
         bias = layer.weights["bias"] * scale + node.weights["offset"]
         layer.weights["bias"] = bias.astype(np.float32)
+        for key in ("mean", "deviation"):
+            layer.weights.pop(key, None)
+            if key in node.weights:
+                layer.weights[key] = node.weights[key].astype(np.float32)
         # To keep a batch norm in float is to keep the layer that it becomes a part of.
         layer.is_float |= node.is_float
         graph.bypass(node.name)

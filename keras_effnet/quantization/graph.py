@@ -44,7 +44,8 @@ class Node:
         layer: Name of the layer of the source model that it comes from.
         attrs: Static arguments of the operation.
         weights: Constants of the operation, float32 arrays; "limits" of a quantized kernel are
-            the largest magnitudes that its channels represent.
+            the largest magnitudes that its channels represent, "mean" and "deviation" the moments
+            to which a folded batch norm brought its output.
         params: Quantization parameters of the tensor, once they are known.
         is_float: Whether the operation computes in float.
     """
@@ -370,7 +371,13 @@ def _batch_norm(reader, layer, inputs, shape):
     offset = -_array(layer.moving_mean).astype(np.float64) * scale
     if layer.center:
         offset = offset + _array(layer.beta)
-    return reader._add(layer, "affine", inputs, shape, weights={"scale": scale, "offset": offset})
+    # The moments of its output: training may go on normalizing by those of the batches.
+    moments = {
+        "mean": _array(layer.beta) if layer.center else np.zeros(shape[-1], np.float32),
+        "deviation": abs(_array(layer.gamma)) if layer.scale else np.ones(shape[-1], np.float32),
+    }
+    weights = {"scale": scale, "offset": offset, **moments}
+    return reader._add(layer, "affine", inputs, shape, weights=weights)
 
 
 def _rescaling(reader, layer, inputs, shape):

@@ -22,6 +22,8 @@ from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .ties import remove_ties, round_biases
 
+FOLDED, TRAINED = "folded", "trained"
+BATCH_NORMS = (FOLDED, TRAINED)
 CORRECTIONS = ("swish_equalization", "learned_rounding", "bias_correction")
 
 
@@ -49,6 +51,10 @@ class QuantizationConfig:
         training_ranges: What `fit` does to the ranges of the quantized model: "fixed" leaves them;
             "moving_average" lets them follow the extremes of the batches until `FreezeRanges`
             freezes them; "learned" trains them by gradient.
+        batch_norm: What `fit` does where a batch norm was folded: "folded" trains the folded
+            kernel and bias alone, which is fastest; "trained" normalizes by the moments of the
+            batches until `FreezeBatchNorms` freezes them. `settle` folds again; the integers are
+            the same until something is trained.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -61,6 +67,7 @@ class QuantizationConfig:
     keep_float: tuple[str, ...] = ()
     batch_size: int = 8
     training_ranges: str = FIXED_RANGES
+    batch_norm: str = FOLDED
 
     def __post_init__(self):
         if self.method not in METHODS:
@@ -89,6 +96,10 @@ class QuantizationConfig:
             raise ValueError(
                 f"`training_ranges` must be one of {TRAINING_RANGES}. "
                 f"Received: {self.training_ranges!r}"
+            )
+        if self.batch_norm not in BATCH_NORMS:
+            raise ValueError(
+                f"`batch_norm` must be one of {BATCH_NORMS}. Received: {self.batch_norm!r}"
             )
         if self.batch_size < 1:
             raise ValueError(f"`batch_size` must be at least 1. Received: {self.batch_size}")
@@ -162,7 +173,12 @@ def quantize_model(
     if "bias_correction" in config.corrections:
         correct_biases(graph, statistics, kernels)
     round_biases(graph)
-    return build_model(graph, quantized=True, training_ranges=config.training_ranges)
+    return build_model(
+        graph,
+        quantized=True,
+        training_ranges=config.training_ranges,
+        batch_norm=config.batch_norm == TRAINED,
+    )
 
 
 class _Kept:

@@ -22,7 +22,43 @@ from .ties import remove_ties, round_biases
 COLLAPSED = 1 / 32
 
 
-class FreezeRanges(keras.callbacks.Callback):
+class _Freeze(keras.callbacks.Callback):
+    """Freezes some layers after a number of the optimizer's steps."""
+
+    def __init__(self, steps: int):
+        super().__init__()
+        if steps < 0:
+            raise ValueError(f"`steps` must be at least 0. Received: {steps}")
+        self.steps = steps
+
+    def on_train_begin(self, logs=None):
+        require_quantized(self.model, type(self).__name__)
+        self.layers = [layer for layer in layers_of(self.model) if self._follows(layer)]
+        if not self.layers:
+            raise ValueError(
+                f"{type(self).__name__} needs {self.what} that follow the batches; this model has "
+                f"none. Quantize it with `QuantizationConfig({self.option})`, or leave the "
+                "callback out."
+            )
+        self._freeze_if_due()
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._freeze_if_due()
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs[self.log] = self._moving()
+
+    def _freeze_if_due(self):
+        if int(self.model.optimizer.iterations) >= self.steps and self._moving():
+            for layer in self.layers:
+                layer.freeze()
+
+    def _moving(self):
+        return sum(layer.is_moving for layer in self.layers)
+
+
+class FreezeRanges(_Freeze):
     """Freezes the ranges that follow the batches (`training_ranges="moving_average"`).
 
     Ranges that move until the end never let the kernels settle. The epoch's logs tell as
@@ -39,41 +75,32 @@ class FreezeRanges(keras.callbacks.Callback):
     Source: Jacob et al., 2018, section 3.1 (activation ranges are learned and then frozen).
     """
 
-    def __init__(self, steps: int):
-        super().__init__()
-        if steps < 0:
-            raise ValueError(f"`steps` must be at least 0. Received: {steps}")
-        self.steps = steps
+    what, option, log = "ranges", 'training_ranges="moving_average"', "moving_ranges"
 
-    def on_train_begin(self, logs=None):
-        require_quantized(self.model, "FreezeRanges")
-        self.layers = [
-            layer
-            for layer in layers_of(self.model)
-            if isinstance(layer, FakeQuant) and layer.ranges == MOVING_AVERAGE
-        ]
-        if not self.layers:
-            raise ValueError(
-                "FreezeRanges needs ranges that follow the batches; this model has none. Quantize "
-                'it with `QuantizationConfig(training_ranges="moving_average")`, or leave the '
-                "callback out."
-            )
-        self._freeze_if_due()
+    def _follows(self, layer):
+        return isinstance(layer, FakeQuant) and layer.ranges == MOVING_AVERAGE
 
-    def on_train_batch_end(self, batch, logs=None):
-        self._freeze_if_due()
 
-    def on_epoch_end(self, epoch, logs=None):
-        if logs is not None:
-            logs["moving_ranges"] = self._moving()
+class FreezeBatchNorms(_Freeze):
+    """Freezes the moments of batch norms that are trained (`batch_norm="trained"`).
 
-    def _freeze_if_due(self):
-        if int(self.model.optimizer.iterations) >= self.steps and self._moving():
-            for layer in self.layers:
-                layer.freeze()
+    From then on training sees the folded kernels that the file will hold. The epoch's logs tell as
+    `moving_batch_norms` how many still follow the batches.
 
-    def _moving(self):
-        return sum(layer.is_moving for layer in self.layers)
+    Args:
+        steps: Steps of the optimizer until the moments are frozen, at least 0.
+
+    Raises:
+        ValueError: If `steps` is negative; at the start of training, if the model is not
+            quantized or has no such batch norms.
+
+    Source: Krishnamoorthi, 2018, section 3.2.2 (https://arxiv.org/abs/1806.08342).
+    """
+
+    what, option, log = "batch norms", 'batch_norm="trained"', "moving_batch_norms"
+
+    def _follows(self, layer):
+        return isinstance(layer, QUANTIZED_KERNELS) and layer.batch_norm
 
 
 def settle(model: keras.Model) -> None:
@@ -81,7 +108,8 @@ def settle(model: keras.Model) -> None:
 
     Kernels are clipped to their limits, biases rounded to the steps of their accumulators, and
     scales that training moved are freed of ties (`ties.py`), so that the file and the model give
-    the same integers. Settling twice changes nothing more. Ranges are frozen.
+    the same integers. Batch norms are folded. Settling twice
+    changes nothing more. Ranges and batch norms are frozen.
 
     Args:
         model: A model made by `quantize_model`, as it is or trained.
@@ -120,6 +148,7 @@ def settle(model: keras.Model) -> None:
             limits = layer.along_kernel(weights["limits"])
             kernel = np.clip(weights["kernel"], -limits, limits)
             layer.set_real(kernel, weights["bias"], weights["limits"])
+            layer.freeze()
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:

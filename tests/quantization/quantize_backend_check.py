@@ -1,7 +1,8 @@
 """Run by test_backends in a process of its own, because Keras takes its backend at import.
 
 Usage: quantize_backend_check.py FOLDER, which holds model.keras and images.npy. Writes
-quantized.keras and results.npz there: the backend and the predictions.
+quantized.keras and results.npz there: the backend and the predictions; and NAME.keras for each way
+to train it, with the predictions and the losses under that name.
 """
 
 import sys
@@ -10,7 +11,14 @@ from pathlib import Path
 import keras
 import numpy as np
 
-from keras_effnet.quantization import quantize_model
+from keras_effnet.quantization import (
+    DistillationConfig,
+    FreezeRanges,
+    QuantizationConfig,
+    distill,
+    quantize_model,
+    settle,
+)
 
 folder = Path(sys.argv[1])
 model = keras.models.load_model(folder / "model.keras")
@@ -18,4 +26,23 @@ images = np.load(folder / "images.npy")
 quantized = quantize_model(model, images, verbose=False)
 quantized.save(folder / "quantized.keras")
 outputs = quantized.predict(images, verbose=0)
-np.savez(folder / "results.npz", backend=keras.backend.backend(), outputs=outputs)
+results = {"backend": keras.backend.backend(), "outputs": outputs}
+
+labels = np.arange(len(images)) % 6
+for ranges in ("moving_average", "learned"):
+    config = QuantizationConfig(training_ranges=ranges, corrections=())
+    student = quantize_model(model, images, config, verbose=False)
+    student.compile(keras.optimizers.Adam(1e-3), "sparse_categorical_crossentropy")
+    freeze = [FreezeRanges(6)] if ranges == "moving_average" else []
+    history = student.fit(images, labels, batch_size=4, epochs=2, callbacks=freeze, verbose=0)
+    settle(student)
+    student.save(folder / f"{ranges}.keras")
+    results[ranges] = student.predict(images, verbose=0)
+    results[f"{ranges}_losses"] = history.history["loss"]
+
+student = quantize_model(model, images, QuantizationConfig(corrections=()), verbose=False)
+result = distill(model, student, images, DistillationConfig(epochs=3, batch_size=4), verbose=False)
+student.save(folder / "distilled.keras")
+results["distilled"] = student.predict(images, verbose=0)
+results["distilled_losses"] = [result.before, result.after]
+np.savez(folder / "results.npz", **results)

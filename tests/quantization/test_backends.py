@@ -1,4 +1,4 @@
-"""Quantization under JAX and PyTorch: the same integers as under TensorFlow."""
+"""Quantization and training under JAX and PyTorch: the same integers as under TensorFlow."""
 
 import os
 import subprocess
@@ -62,3 +62,13 @@ def test_other_backends_give_the_same_integers(backend, tmp_path):
     np.testing.assert_array_equal(
         integers_of_file(quantized, images), integers_of_model(quantized, images)
     )
+    # Trained there, saved, loaded and exported here: the file computes what the model predicted.
+    for name in ("moving_average", "learned", "distilled"):
+        trained = keras.models.load_model(tmp_path / f"{name}.keras")
+        losses = results[f"{name}_losses"]
+        assert np.all(np.isfinite(losses)) and losses[-1] < losses[0], name
+        assert np.any(results[name] != results["outputs"])
+        np.testing.assert_array_equal(predict(trained, images), results[name], err_msg=name)
+        np.testing.assert_array_equal(
+            integers_of_file(trained, images), integers_of_model(trained, images), err_msg=name
+        )

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 from hand_made import functional, integers_of_file, integers_of_model, layers, pixels
 
-from keras_effnet.quantization import FreezeRanges, QuantizationConfig, quantize_model, settle
+from keras_effnet.quantization import (
+    FreezeBatchNorms,
+    FreezeRanges,
+    QuantizationConfig,
+    quantize_model,
+    settle,
+)
 from keras_effnet.quantization.fake_quant import (
     QUANTIZED_KERNELS,
     FakeQuant,
@@ -254,9 +260,69 @@ def test_backup_and_restore(quantized, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.fixture(scope="module")
+def normalized():
+    source = functional(SIDE, small)
+    config = QuantizationConfig(batch_norm="trained", corrections=())
+    return source, quantize_model(source, IMAGES, config, verbose=False)
+
+
+def test_batch_norms_are_trained_and_folded_again(normalized, quantized):
+    model = copy_of(normalized[1])
+    layer = next(x for x in layers_of(model) if isinstance(x, QUANTIZED_KERNELS) and x.batch_norm)
+    # Untrained, the integers are those of the folded model.
+    for node, other in zip(read_quantized(model), read_quantized(quantized("fixed")), strict=True):
+        for key, value in node.weights.items():
+            np.testing.assert_allclose(value, other.weights[key], rtol=1e-5, atol=1e-6)
+    start = layer.real_kernel()
+    freeze = FreezeBatchNorms(12)
+    history = fit(compiled(model), epochs=6, callbacks=[freeze]).history
+    assert history["moving_batch_norms"] == [1, 1, 0, 0, 0, 0]
+    assert history["loss"][-1] < history["loss"][0]
+    assert np.any(layer.real_kernel() != start) and np.any(layer.moving_mean != 0)
+    before = model.predict(IMAGES, verbose=0)
+    settle(model)
+    np.testing.assert_array_equal(layer.gamma, np.ones(8))
+    assert abs(model.predict(IMAGES, verbose=0) - before).max() < 0.02
+    np.testing.assert_array_equal(integers_of_model(model, IMAGES), integers_of_file(model, IMAGES))
+
+
+def test_trained_batch_norms_normalize_by_the_batch(normalized):
+    """The layer's output in training is that of a batch norm behind the convolution."""
+    source, model = normalized
+    layer = next(x for x in layers_of(model) if isinstance(x, QUANTIZED_KERNELS) and x.batch_norm)
+    norm = next(x for x in source.layers if isinstance(x, layers.BatchNormalization))
+    inputs = np.random.default_rng(0).normal(size=(8, 8, 8, 8)).astype("float32")
+    found = keras.ops.convert_to_numpy(copy_of_layer(layer)(inputs, training=True))
+    mean, deviation = found.mean(axis=(0, 1, 2)), found.std(axis=(0, 1, 2))
+    np.testing.assert_allclose(mean, norm.beta, atol=1e-3)
+    np.testing.assert_allclose(deviation, abs(keras.ops.convert_to_numpy(norm.gamma)), rtol=0.01)
+    # Frozen, it is the folded convolution, in training too.
+    frozen = copy_of_layer(layer)
+    frozen.freeze()
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(frozen(inputs, training=True)),
+        keras.ops.convert_to_numpy(frozen(inputs, training=False)),
+    )
+    assert np.any(
+        abs(mean - keras.ops.convert_to_numpy(frozen(inputs)).mean(axis=(0, 1, 2))) > 0.01
+    )
+
+
+def copy_of_layer(layer):
+    copy = type(layer).from_config(layer.get_config())
+    copy.build(layer.input.shape)
+    copy.set_weights(layer.get_weights())
+    return copy
+
+
 def test_bad_input(tiny, quantized):
     with pytest.raises(ValueError, match="`training_ranges` must be one of"):
         QuantizationConfig(training_ranges="free")
+    with pytest.raises(ValueError, match="`batch_norm` must be one of"):
+        QuantizationConfig(batch_norm="none")
+    with pytest.raises(ValueError, match="needs batch norms that follow the batches"):
+        fit(compiled(quantized("fixed")), callbacks=[FreezeBatchNorms(3)])
     with pytest.raises(ValueError, match="`ranges` must be one of"):
         FakeQuant(-1, 1, ranges="free")
     with pytest.raises(ValueError, match="`steps` must be at least 0"):
