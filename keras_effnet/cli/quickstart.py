@@ -1,9 +1,9 @@
 """train, export and evaluate a small model on handwritten digits, in about two minutes
 
 Needs no data, no download and no account: EfficientNetTiny learns the 8 x 8 digits that come with
-scikit-learn, is quantized, is exported as float and as int8 TFLite, and all of them are evaluated
-on digits that were held out. Into the output folder go the models, a picture of predictions and the
-figures as JSON.
+scikit-learn, is quantized, is trained further as a quantized model (by distillation, without
+labels), is exported as TFLite and ONNX, and all of them are evaluated on digits that were held out.
+Into the output folder go the models, a picture of predictions and the figures as JSON.
 
 examples:
   keras-effnet quickstart
@@ -40,7 +40,20 @@ _TIMED_IMAGES = 100
 _EXAMPLES_OF_EACH_DIGIT = 3
 _MODEL, _PICTURE, _FIGURES = "digits.keras", "predictions.png", "results.json"
 _KERAS = "Keras, with optimizer"  # Whose state makes up two thirds of that file.
-_TFLITE = (("float32", "digits-float32.tflite"), ("int8", "digits-int8.tflite"))
+_FLOAT, _INT8, _TRAINED, _ONNX = (
+    "TFLite float32",
+    "TFLite int8",
+    "TFLite int8, QAT",
+    "ONNX int8, QAT",
+)
+_EXPORTS = {
+    _FLOAT: "digits-float32.tflite",
+    _INT8: "digits-int8.tflite",
+    _TRAINED: "digits-int8-qat.tflite",
+    _ONNX: "digits-int8-qat.onnx",
+}
+# Of the training of the quantized model.
+_DISTILLATION_EPOCHS = 3
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -119,9 +132,9 @@ def run(args: argparse.Namespace) -> None:
     count = len(digits.train_images)
     with common.stage("training", f"Training EfficientNetTiny on {count} digits …", seconds):
         model = train(digits, args.epochs)
-    with common.stage("export", "Quantizing and exporting to TFLite …", seconds):
+    with common.stage("export", "Quantizing, training on and exporting …", seconds):
         predictors = export(model, digits, folder, args.overwrite)
-    with common.stage("evaluation", "Evaluating on held-out digits in LiteRT …", seconds):
+    with common.stage("evaluation", "Evaluating on held-out digits …", seconds):
         rows, outputs = evaluate(predictors, digits, folder)
     with common.stage("picture", "Drawing predictions …", seconds):
         _draw(digits, outputs, folder, args.overwrite)
@@ -147,10 +160,11 @@ def _check_folder(path: str, overwrite: bool) -> Path:
 def _check_installed() -> None:
     """Raises ImportError for what only the end of the run needs, before the training."""
     from keras_effnet import plotting
-    from keras_effnet.export._optional import import_litert
+    from keras_effnet.export._optional import import_litert, import_onnxruntime
 
     plotting.check_installed()
     import_litert()
+    import_onnxruntime()
 
 
 def _make_folder(folder: Path, overwrite: bool) -> None:
@@ -158,7 +172,7 @@ def _make_folder(folder: Path, overwrite: bool) -> None:
     from keras_effnet.export.files import check_target
 
     common.checked(folder.mkdir, parents=True, exist_ok=True)
-    for file in (_MODEL, _PICTURE, _FIGURES, *(file for _, file in _TFLITE)):
+    for file in (_MODEL, _PICTURE, _FIGURES, *_EXPORTS.values()):
         common.checked(check_target, folder / file, overwrite=overwrite)
 
 
@@ -250,21 +264,27 @@ def export(
     Returns:
         By (name, file name), what runs each; the Keras model first.
     """
-    from keras_effnet.export import TFLiteRunner, to_tflite
-    from keras_effnet.quantization import quantize_model
+    from keras_effnet.export import ONNXRunner, TFLiteRunner, to_onnx, to_tflite
+    from keras_effnet.quantization import DistillationConfig, distill, quantize_model
 
     _save(model, folder / _MODEL)
     predictors: dict[tuple[str, str], Predictor] = {(_KERAS, _MODEL): model.predict_on_batch}
+
+    def add(name, source, write, runner, quantization):
+        path = folder / _EXPORTS[name]
+        write(source, path, quantization=quantization, overwrite=overwrite)
+        predictors[name, path.name] = runner(path).predict
+
+    add(_FLOAT, model, to_tflite, TFLiteRunner, "float32")
     calibration = digits.train_images[:_CALIBRATION_IMAGES]
     quantized = quantize_model(model, calibration, verbose=False)
-    for quantization, file in _TFLITE:
-        to_tflite(
-            quantized if quantization == "int8" else model,
-            folder / file,
-            quantization=quantization,
-            overwrite=overwrite,
-        )
-        predictors[f"TFLite {quantization}", file] = TFLiteRunner(folder / file).predict
+    add(_INT8, quantized, to_tflite, TFLiteRunner, "int8")
+    config = DistillationConfig(
+        epochs=_DISTILLATION_EPOCHS, batch_size=_BATCH_SIZE, shift=2, flip=False, seed=SEED
+    )
+    distill(model, quantized, digits.train_images, config, verbose=False)
+    add(_TRAINED, quantized, to_tflite, TFLiteRunner, "int8")
+    add(_ONNX, quantized, to_onnx, ONNXRunner, "int8")
     return predictors
 
 

@@ -54,7 +54,7 @@ def read_quantized(model: keras.Model) -> Graph:
             "first."
         )
     functional = functional_of(model)
-    reader = _QuantizedReader(functional.name)
+    reader = QuantizedReader(functional.name)
     reader.read(functional)
     graph = reader.graph
     for node in graph:
@@ -119,7 +119,9 @@ def integer_factors(node: Node) -> tuple[np.ndarray, QuantParams]:
     return quantize(factors, params), params
 
 
-class _QuantizedReader(Reader):
+class QuantizedReader(Reader):
+    """Reads the layers of a quantized model, with their ranges and limits."""
+
     def __init__(self, name):
         super().__init__(name, frozenset())
         self.float_tensors = set()  # ids of the Keras tensors that hold floats

@@ -22,6 +22,7 @@ from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .ties import remove_ties, round_biases
 
+NATIVE, TFMOT = ENGINES = ("native", "tfmot")
 FOLDED, TRAINED = "folded", "trained"
 BATCH_NORMS = (FOLDED, TRAINED)
 CORRECTIONS = ("swish_equalization", "learned_rounding", "bias_correction")
@@ -111,7 +112,8 @@ def quantize_model(
     config: QuantizationConfig | None = None,
     verbose: bool = True,
     ranges: Mapping[str, TensorRange] | None = None,
-) -> keras.Model:
+    engine: str = NATIVE,
+):
     """Quantizes a model to 8-bit integers, without labels and without training.
 
     Args:
@@ -125,11 +127,14 @@ def quantize_model(
         verbose: Whether to show the progress of calibration.
         ranges: Ranges from `load_calibration`, used in place of a search for the tensors that they
             name. They fit the configuration that they were found with.
+        engine: "native", or "tfmot" for the same integers as a tf_keras model of
+            tensorflow-model-optimization (`tfmot.quantize_model`, which tells what it does not
+            allow).
 
     Returns:
         A new Functional model that predicts what the integer file will predict. Its layers carry
         8-bit kernels and its tensors pass through `FakeQuant` layers. It can be saved, trained
-        and exported.
+        and exported. With `engine="tfmot"`, a `tf_keras.Model`.
 
     Raises:
         TypeError: If the model is not Functional, a layer's type is not supported, or the data
@@ -138,6 +143,12 @@ def quantize_model(
             the calibration data are empty, constant, not finite, or of the wrong shape or scale; if
             they are None though something is to be measured; if `ranges` do not fit the model.
     """
+    if engine == TFMOT:
+        from . import tfmot
+
+        return tfmot.quantize_model(model, calibration_data, config, verbose, ranges)
+    if engine != NATIVE:
+        raise ValueError(f"`engine` must be one of {ENGINES}. Received: {engine!r}")
     config = QuantizationConfig() if config is None else config
     if is_quantized(model):
         raise ValueError(

@@ -15,6 +15,8 @@ FILES = {
     "digits.keras",
     "digits-float32.tflite",
     "digits-int8.tflite",
+    "digits-int8-qat.tflite",
+    "digits-int8-qat.onnx",
     "predictions.png",
     "results.json",
 }
@@ -56,14 +58,18 @@ def test_one_epoch_from_digits_to_files(tmp_path, capsys):
         "Keras, with optimizer",
         "TFLite float32",
         "TFLite int8",
+        "TFLite int8, QAT",
+        "ONNX int8, QAT",
     ]
-    model, single, integers = rows
+    model, single, integers, trained, onnx = rows
     for row in rows:
         assert row["bytes"] == (folder / row["file"]).stat().st_size
         assert row["milliseconds"] > 0
         assert f"{row['accuracy']:.1%}" in out and f"{row['bytes']:,}" in out
     assert model["agreement"] == 1 and single["agreement"] >= 0.99
     assert integers["bytes"] < 0.5 * single["bytes"]
+    # Both runtimes compute the same integers.
+    assert trained["accuracy"] == onnx["accuracy"] and trained["agreement"] == onnx["agreement"]
     # The saved model is the one that was evaluated.
     held_out = quickstart.load_digits()
     loaded = keras.saving.load_model(folder / "digits.keras")

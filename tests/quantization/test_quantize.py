@@ -97,6 +97,11 @@ def test_a_quantized_model_is_refused(tiny_quantized, tiny_images):
         quantize_model(tiny_quantized, tiny_images, verbose=False)
 
 
+def test_unknown_engines_are_named(tiny, tiny_images):
+    with pytest.raises(ValueError, match=r"`engine` must be one of .*'tfmot'.* Received: 'qat'"):
+        quantize_model(tiny, tiny_images, engine="qat")
+
+
 def test_bad_configurations_are_named():
     with pytest.raises(ValueError, match="`method` must be one of"):
         QuantizationConfig(method="magic")
