@@ -42,7 +42,9 @@ EXTRAS["dev"] = [
     "scikit-learn>=1.7",
     "psutil>=6",
 ]
-EXTRAS["quickstart"] = [*EXTRAS["tflite"], *EXTRAS["plot"], "scikit-learn>=1.7"]
+EXTRAS["quickstart"] = sorted(
+    {*EXTRAS["tflite"], *EXTRAS["onnx"], *EXTRAS["plot"], "scikit-learn>=1.7"}
+)
 
 setup(
     name="keras-effnet",
@@ -59,6 +61,8 @@ setup(
         "keras_effnet.conversion",
         "keras_effnet.export",
         "keras_effnet.quantization",
+        "keras_effnet.quantization.tfmot",
+        "keras_effnet.training",
     ],
     package_dir={"keras_effnet.export": "export"},
     install_requires=[

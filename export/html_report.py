@@ -47,7 +47,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; background: #f0f2f5; paddi
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .6rem; }
 .fact { background: #f5f6f8; border-radius: .4rem; padding: .5rem .7rem; }
 .fact b { display: block; font-size: 1.15rem; overflow-wrap: anywhere; }
-.fact span, .quiet { color: #5b6470; font-size: .85rem; }
+.fact span, .quiet { color: #5b6470; font-size: .85rem; overflow-wrap: anywhere; }
 .verdict { font-weight: 600; }
 .photos { display: grid; grid-template-columns: repeat(auto-fill, minmax(7.5rem, 1fr));
   gap: .8rem; }
@@ -57,6 +57,13 @@ figcaption { overflow-wrap: anywhere; }
 svg { width: 100%; height: auto; display: block; }
 summary { cursor: pointer; padding: .3rem 0; }
 ul { padding-left: 1.2rem; margin: .3rem 0; overflow-wrap: anywhere; }
+@media (max-width: 36rem) {
+  main { padding: .5rem; }
+  section { padding: .7rem; }
+  th, td { padding: .25rem .3rem; font-size: .8rem; }
+  th, td:first-child { white-space: normal; }
+  td:first-child { min-width: 6.5rem; overflow-wrap: anywhere; }
+}
 """
 
 

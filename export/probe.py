@@ -16,8 +16,10 @@ from pathlib import Path
 from ._optional import import_litert
 
 _WORKER = Path(__file__).with_name("_worker.py")
-# Address space of the process: a B7 with its libraries takes 3 GB.
-MEMORY_LIMIT = 8 * 2**30
+# Address space of the process, beside that of the file's content, which may stand in it several
+# times: the libraries and the activations of a B7 take 2 GB.
+MEMORY_LIMIT = 4 * 2**30
+_COPIES = 4
 # A B7 runs in seconds on one thread of a slow processor.
 TIMEOUT = 120.0
 
@@ -27,7 +29,8 @@ class Prober:
 
     Args:
         timeout: Seconds that one file may take.
-        memory_limit: Bytes of address space that the process may take.
+        memory_limit: Bytes of address space that the process may take, beside those that the
+            content of a file needs.
 
     Raises:
         ImportError: If LiteRT is not installed.
@@ -60,6 +63,7 @@ class Prober:
             path: Of the file.
 
         Raises:
+            OSError: If there is no such file.
             ValueError: If LiteRT refuses the file, crashes on it, or does not come to an end.
         """
         if self._process is None:
@@ -70,7 +74,8 @@ class Prober:
                 stderr=subprocess.DEVNULL,
                 text=True,
             )
-        request = {"path": os.fspath(Path(path).resolve()), "limit": self._limit}
+        limit = self._limit + _COPIES * os.path.getsize(path)
+        request = {"path": os.fspath(Path(path).resolve()), "limit": limit}
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()

@@ -82,13 +82,26 @@ def read_tflite(source: str | os.PathLike | bytes) -> TFLiteFile:
         ImportError: If LiteRT is not installed.
         ValueError: If it is no TFLite file, or a damaged one.
     """
-    schema = import_tflite_schema()
-    data = load_checked(source)
-    # What is left to fail are texts that are no UTF-8 and the like.
-    try:
-        return _read(schema, data)
-    except Exception as error:
-        raise ValueError(f"{describe(source)} is a damaged TFLite file ({error}).") from error
+    graph = read_graph(source)
+    main = graph.subgraphs[0]
+    ends = {*main.inputs, *main.outputs}
+    inner = [tensor for index, tensor in enumerate(main.tensors) if index not in ends]
+    inner += [tensor for other in graph.subgraphs[1:] for tensor in other.tensors]
+    counts: Counter[str] = Counter()
+    versions: dict[str, int] = {}
+    for subgraph in graph.subgraphs:
+        for operator in subgraph.operators:
+            counts[operator.name] += 1
+            versions[operator.name] = max(versions.get(operator.name, 0), operator.version)
+    ops = dict(counts.most_common())
+    return TFLiteFile(
+        size=graph.size,
+        inputs=tuple(main.tensors[index] for index in main.inputs),
+        outputs=tuple(main.tensors[index] for index in main.outputs),
+        ops=ops,
+        op_versions={name: versions[name] for name in ops},
+        inner=tuple(inner),
+    )
 
 
 def load_checked(source: str | os.PathLike | bytes) -> bytes:
@@ -210,6 +223,7 @@ def read_graph(source: str | os.PathLike | bytes) -> TFLiteGraph:
     """
     schema = import_tflite_schema()
     data = load_checked(source)
+    # What is left to fail are texts that are no UTF-8 and the like.
     try:
         return _read_graph(schema, data)
     except Exception as error:
@@ -291,45 +305,6 @@ def _operator_name(code: Any, names: dict[int, str]) -> str:
     # Codes above 127 stand in a second field; the first one then holds 127.
     name = names[max(code.BuiltinCode(), code.DeprecatedBuiltinCode())]
     return (code.CustomCode() or b"CUSTOM").decode() if name == "CUSTOM" else name
-
-
-def _read(schema: Any, data: bytes) -> TFLiteFile:
-    model = schema.Model.GetRootAs(data, 0)
-    graphs = [model.Subgraphs(index) for index in range(model.SubgraphsLength())]
-    ops, versions = _operators(schema, model, graphs)
-    dtypes = _names(schema.TensorType)
-    tables = [
-        [_tensor(model, graph.Tensors(index), dtypes) for index in range(graph.TensorsLength())]
-        for graph in graphs
-    ]
-    main = tables[0]
-    inputs = [graphs[0].Inputs(index) for index in range(graphs[0].InputsLength())]
-    outputs = [graphs[0].Outputs(index) for index in range(graphs[0].OutputsLength())]
-    ends = {*inputs, *outputs}
-    inner = [tensor for index, tensor in enumerate(main) if index not in ends]
-    inner += [tensor for table in tables[1:] for tensor in table]
-    return TFLiteFile(
-        size=len(data),
-        inputs=tuple(main[index] for index in inputs),
-        outputs=tuple(main[index] for index in outputs),
-        ops=ops,
-        op_versions=versions,
-        inner=tuple(inner),
-    )
-
-
-def _operators(schema: Any, model: Any, graphs: list[Any]) -> tuple[dict[str, int], dict[str, int]]:
-    names = _names(schema.BuiltinOperator)
-    counts: Counter[str] = Counter()
-    versions: dict[str, int] = {}
-    for graph in graphs:
-        for index in range(graph.OperatorsLength()):
-            code = model.OperatorCodes(graph.Operators(index).OpcodeIndex())
-            name = _operator_name(code, names)
-            counts[name] += 1
-            versions[name] = max(versions.get(name, 0), code.Version())
-    ops = dict(counts.most_common())
-    return ops, {name: versions[name] for name in ops}
 
 
 def _tensor(model: Any, tensor: Any, dtypes: dict[int, str]) -> TensorInfo:

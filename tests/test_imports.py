@@ -24,10 +24,11 @@ ROOMS: dict[str, set[str]] = {
     "data": {"preprocessing"},
     "plotting": {"scaling"},
     "quantization": set(),
+    "training": {"models", "data", "plotting", "quantization"},
     "export": {"quantization"},
     # The public names.
     "": {"models", "conversion", "data", "version"},
-    "cli": {"", "export", "plotting"},
+    "cli": {"", "export", "plotting", "training"},
 }
 # Rooms that import the standard library and other such rooms alone.
 STANDARD_LIBRARY_ONLY = {"specs", "scaling", "version"}

@@ -25,6 +25,8 @@ from keras_effnet.cli import (
     predict,
     quickstart,
     scale,
+    train,
+    train_qat,
 )
 
 COMMANDS = (
@@ -40,6 +42,8 @@ COMMANDS = (
     predict,
     quickstart,
     scale,
+    train,
+    train_qat,
 )
 
 

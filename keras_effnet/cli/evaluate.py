@@ -132,17 +132,12 @@ def run(args: argparse.Namespace) -> None:
 def _check_alike(files: list[opening.OpenedFile]) -> None:
     first = files[0]
     for file in files[1:]:
-        if file.images != first.images or file.classes != first.classes:
+        if not file.takes_images_of(first) or file.classes != first.classes:
             raise UsageError(
                 "Files that are evaluated together take the same images and have the same classes. "
-                f"Received: {first.path!r} with {_describe(first)}, and {file.path!r} with "
-                f"{_describe(file)}"
+                f"Received: {first.path!r} with {first.describe()}, and {file.path!r} with "
+                f"{file.describe()}"
             )
-
-
-def _describe(file: opening.OpenedFile) -> str:
-    height, width = file.input_size
-    return f"{height} x {width} pixels, crop {file.crop}, {file.classes} classes"
 
 
 def confusion_matrix(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:

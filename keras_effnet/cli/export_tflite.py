@@ -22,7 +22,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from keras_effnet.cli import exporting
+from keras_effnet.cli import exporting, opening
 
 if TYPE_CHECKING:
     import keras
@@ -125,11 +125,7 @@ def _metadata(args: argparse.Namespace, source: exporting.Source) -> ModelMetada
 
     mean, std = (0.0,), (1.0,)
     if not source.in_graph:
-        # (x * scale + offset - mean) / std, as one step on pixels.
-        spec = source.preprocessing
-        means, stds = spec.mean or (0.0,) * 3, spec.std or (1.0,) * 3
-        mean = tuple((value - spec.offset) / spec.scale for value in means)
-        std = tuple(value / spec.scale for value in stds)
+        mean, std = opening.one_step(source.preprocessing)
     return ModelMetadata(
         name=args.name or source.model.name,
         description=args.description or f"Image classifier of {source.classes} classes.",

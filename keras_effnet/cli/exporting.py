@@ -164,13 +164,7 @@ def add_images(parser: argparse.ArgumentParser) -> None:
         help="the model's classes: a text file with one name per line, or a .csv with index, id "
         "(or wnid) and name",
     )
-    images.add_argument(
-        "--crop",
-        choices=("published", "center", "stretch"),
-        default="published",
-        help="the variant's published evaluation crop, the centre without resizing, or the whole "
-        "image out of proportion (default: published)",
-    )
+    opening.add_crop(images)
     images.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of the choice of samples (default: 0)"
     )
@@ -421,7 +415,7 @@ def _check_ranges(args: argparse.Namespace) -> None:
         _check_exists("--ranges", args.ranges)
     if args.save_ranges is None:
         return
-    for name in ("output", "report"):
+    for name in ("output", "report", "html_report"):
         other = getattr(args, name)
         if other is not None and Path(other).resolve() == Path(args.save_ranges).resolve():
             raise UsageError(f"--save-ranges and {_flag(name)} are the same file.")
@@ -602,14 +596,13 @@ def load_model(path: str) -> keras.Model:
 
 
 def _spec_of(model: keras.Model) -> ModelSpec | None:
-    try:
-        return get_spec(model.name)
-    except ValueError:
+    spec = opening.find_spec(model.name)
+    if spec is None:
         common.say(
             f"{model.name!r} is no variant of this package: its input is taken as pixels in "
             "0..255, and images are cropped as EfficientNet V1 does."
         )
-        return None
+    return spec
 
 
 # Images

@@ -12,13 +12,10 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from keras_effnet.cli.common import UsageError
 from keras_effnet.cli.tables import text_table
-
-if TYPE_CHECKING:
-    from keras_effnet.export import TensorInfo
 
 _SHOWN_LABELS = 5
 
@@ -73,8 +70,8 @@ def _tflite(path: str, with_tensors: bool) -> dict[str, Any]:
         "bytes": graph.size,
         "subgraphs": len(graph.subgraphs),
         "parameter_bytes": graph.parameter_bytes,
-        "inputs": [_tensor(main.tensors[index]) for index in main.inputs],
-        "outputs": [_tensor(main.tensors[index]) for index in main.outputs],
+        "inputs": [dataclasses.asdict(main.tensors[index]) for index in main.inputs],
+        "outputs": [dataclasses.asdict(main.tensors[index]) for index in main.outputs],
         "signatures": {
             name: {"inputs": list(inputs), "outputs": list(outputs)}
             for name, (inputs, outputs) in graph.signatures.items()
@@ -87,7 +84,7 @@ def _tflite(path: str, with_tensors: bool) -> dict[str, Any]:
         "metadata": None if metadata is None else dataclasses.asdict(metadata),
     }
     if with_tensors:
-        found["tensors"] = [_tensor(tensor) for tensor in main.tensors]
+        found["tensors"] = [dataclasses.asdict(tensor) for tensor in main.tensors]
     return found
 
 
@@ -100,23 +97,11 @@ def _onnx(path: str) -> dict[str, Any]:
         "bytes": file.size,
         "opset": file.opset,
         "ir_version": file.ir_version,
-        "inputs": [_tensor(tensor) for tensor in file.inputs],
-        "outputs": [_tensor(tensor) for tensor in file.outputs],
+        "inputs": [dataclasses.asdict(tensor) for tensor in file.inputs],
+        "outputs": [dataclasses.asdict(tensor) for tensor in file.outputs],
         "operators": [{"op": op, "count": count} for op, count in file.ops.items()],
         "external_data": list(file.external),
         "metadata": file.metadata,
-    }
-
-
-def _tensor(tensor: TensorInfo) -> dict[str, Any]:
-    return {
-        "name": tensor.name,
-        "dtype": tensor.dtype,
-        "shape": list(tensor.shape),
-        "scale": list(tensor.scale),
-        "zero_point": list(tensor.zero_point),
-        "quantized_dimension": tensor.quantized_dimension,
-        "constant": tensor.constant,
     }
 
 
@@ -160,7 +145,7 @@ def _cells(tensor: dict[str, Any]) -> tuple[str, ...]:
     elif scales:
         scale = f"{len(scales)} scales, axis {tensor['quantized_dimension']}"
         zero = str(zeros[0]) if len(set(zeros)) == 1 else "several"
-    return tensor["name"], tensor["dtype"], str(tensor["shape"]), scale, zero
+    return tensor["name"], tensor["dtype"], str(list(tensor["shape"])), scale, zero
 
 
 def _metadata(metadata: dict[str, Any]) -> str:

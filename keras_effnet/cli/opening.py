@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 KERAS, TFLITE, ONNX = ".keras", ".tflite", ".onnx"
 FORMATS = (KERAS, TFLITE, ONNX)
 _CHANNELS = 3
+# Files hold means and standard deviations as float32.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,54 @@ class OpenedFile:
     labels: tuple[str, ...] | None
 
     @property
-    def images(self) -> tuple[Any, ...]:
-        """What two files must share to be given the same images."""
-        return self.input_size, self.preprocessing if not self.in_graph else None, self.crop
+    def crop(self) -> tuple[int, str]:
+        """How photographs are cropped."""
+        return self.preprocessing.crop_padding, self.preprocessing.interpolation
 
     @property
-    def crop(self) -> tuple[int, str]:
-        """How their photographs are cropped."""
-        return self.preprocessing.crop_padding, self.preprocessing.interpolation
+    def normalization(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """`(mean, std)`, three values each: the input is (pixel - mean) / std."""
+        return (
+            ((0.0,) * _CHANNELS, (1.0,) * _CHANNELS)
+            if self.in_graph
+            else one_step(self.preprocessing)
+        )
+
+    def takes_images_of(self, other: OpenedFile) -> bool:
+        """Whether both are given the same images."""
+        numbers = zip(sum(self.normalization, ()), sum(other.normalization, ()), strict=True)
+        return (self.input_size, self.crop) == (other.input_size, other.crop) and all(
+            math.isclose(mine, its, rel_tol=_ROUNDING, abs_tol=_ROUNDING) for mine, its in numbers
+        )
+
+    def describe(self) -> str:
+        """What it takes and gives, for messages."""
+        height, width = self.input_size
+        padding, interpolation = self.crop
+        if self.in_graph:
+            pixels = "as they are"
+        else:
+            mean, std = (", ".join(f"{x:.6g}" for x in values) for values in self.normalization)
+            pixels = f"as (pixel - mean) / std with mean {mean} and std {std}"
+        return (
+            f"{height} x {width} pixels {pixels}, cropped with a padding of {padding} and "
+            f"{interpolation}, {self.classes} classes"
+        )
+
+
+def one_step(preprocessing: PreprocessingSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """An input transform as one step on pixels in 0..255.
+
+    Args:
+        preprocessing: The transform `(x * scale + offset - mean) / std`.
+
+    Returns:
+        `(mean, std)` of the same transform `(x - mean) / std`, three values each.
+    """
+    scale, offset = preprocessing.scale, preprocessing.offset
+    means = preprocessing.mean or (0.0,) * _CHANNELS
+    stds = preprocessing.std or (1.0,) * _CHANNELS
+    return tuple((mean - offset) / scale for mean in means), tuple(std / scale for std in stds)
 
 
 def add_files(parser: argparse.ArgumentParser, *, several: bool) -> None:
@@ -81,13 +124,7 @@ def add_files(parser: argparse.ArgumentParser, *, several: bool) -> None:
         "(default: pixels as they are)",
     )
     group.add_argument("--std", metavar="X", type=float, help="see --mean")
-    group.add_argument(
-        "--crop",
-        choices=("published", "center", "stretch"),
-        default="published",
-        help="the variant's published evaluation crop, the centre without resizing, or the whole "
-        "image out of proportion (default: published)",
-    )
+    add_crop(group)
     group.add_argument(
         "--labels",
         metavar="FILE",
@@ -99,6 +136,17 @@ def add_files(parser: argparse.ArgumentParser, *, several: bool) -> None:
         metavar="N",
         type=common.positive_int,
         help="of the runtime (default: its own choice)",
+    )
+
+
+def add_crop(group: argparse._ArgumentGroup) -> None:
+    """Adds the argument on how photographs become inputs, which all commands on images share."""
+    group.add_argument(
+        "--crop",
+        choices=("published", "center", "stretch"),
+        default="published",
+        help="the variant's published evaluation crop, the centre without resizing, or the whole "
+        "image out of proportion (default: published)",
     )
 
 
@@ -143,14 +191,18 @@ def open_file(path: str, args: argparse.Namespace) -> OpenedFile:
             "The model must read RGB images (batch, height, width, 3) of a known size and give "
             f"(batch, classes). Received: {path!r} with the shapes {read} and {given}"
         )
-    spec = get_spec(args.model) if args.model is not None else _spec(told.get("name", ""))
+    spec = get_spec(args.model) if args.model is not None else find_spec(told.get("name", ""))
+    if spec is None and args.crop == "published":
+        common.say(
+            f"{path} does not tell its variant: images are cropped as EfficientNet V1 does, unless "
+            "--model names another."
+        )
     preprocessing = PreprocessingSpec() if spec is None else spec.preprocessing
-    in_graph = told.get("in_graph", True)
     mean, std = told.get("mean", (0.0,)), told.get("std", (1.0,))
     if args.mean is not None:
         mean, std = (args.mean,), (args.std,)
-    if any(mean) or any(value != 1 for value in std):
-        in_graph = False
+    in_graph = not any(mean) and all(value == 1 for value in std)
+    if not in_graph:
         preprocessing = PreprocessingSpec(
             scale=1.0,
             offset=0.0,
@@ -251,7 +303,8 @@ def open_data(
     return images
 
 
-def _spec(name: str) -> ModelSpec | None:
+def find_spec(name: str) -> ModelSpec | None:
+    """The spec of a name, or None if there is none."""
     try:
         return get_spec(name)
     except ValueError:
@@ -266,9 +319,9 @@ def _open_keras(path: str, args: argparse.Namespace):
 
     model = load_model(path)
     told = {"name": model.name}
-    spec = _spec(model.name)
+    spec = find_spec(model.name)
     if spec is not None and not reads_pixels(model):
-        told |= {"in_graph": False}
+        told["mean"], told["std"] = one_step(spec.preprocessing)
     return model.predict_on_batch, (model.input_shape, model.output_shape), told
 
 
@@ -305,10 +358,8 @@ def _open_onnx(path: str, args: argparse.Namespace):
         if "labels" in metadata:
             told["labels"] = tuple(json.loads(metadata["labels"]))
         if {"scale", "offset", "mean", "std"} <= set(transform):
-            # (x * scale + offset - mean) / std, as one step on pixels.
-            scale, offset = transform["scale"], transform["offset"]
-            told["mean"] = tuple((mean - offset) / scale for mean in transform["mean"])
-            told["std"] = tuple(std / scale for std in transform["std"])
+            fields = {name: transform[name] for name in ("scale", "offset", "mean", "std")}
+            told["mean"], told["std"] = one_step(PreprocessingSpec(**fields))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"The metadata of {path!r} are damaged: {error}.") from error
     read = runner.file.inputs[0].shape

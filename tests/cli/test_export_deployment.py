@@ -194,7 +194,9 @@ def test_the_page_has_the_photographs_and_the_names(run, tmp_path):
     text = page.read_text()
     assert text.count("data:image/jpeg;base64,") == 8
     assert "float: red" in text or "float: blue" in text or "float: green" in text
-    assert "Written and verified." in text and "All " in text
+    # The figures are those of its own calibration images.
+    assert "Written, with warnings." in text and "calibration images" in text
+    assert "tensors and kernels: SQNR and ranges" in text
     assert len(text) < 2_000_000
     assert run("--html-report", page) == 2  # It exists.
 
@@ -202,6 +204,11 @@ def test_the_page_has_the_photographs_and_the_names(run, tmp_path):
 def test_the_page_and_the_report_must_differ(run, tmp_path, capsys):
     assert run("--report", tmp_path / "r", "--html-report", tmp_path / "r") == 2
     assert "--html-report and --report are the same file" in error_of(capsys)
+
+
+def test_the_page_and_the_ranges_must_differ(run, tmp_path, capsys):
+    assert run("--save-ranges", tmp_path / "r", "--html-report", tmp_path / "r") == 2
+    assert "--save-ranges and --html-report are the same file" in error_of(capsys)
 
 
 def test_int8_bytes_are_those_of_the_plan():

@@ -1,0 +1,131 @@
+"""Checkpoints: everything that a training needs to go on as if it had never stopped.
+
+One file holds the variables of model and optimizer, the seeds of dropout among them, and the
+position. What else is random is a function of the position. There is one file, so that its parts
+always belong together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_effnet.training.files import whole
+
+_POSITION = "position"
+
+
+@dataclasses.dataclass
+class Position:
+    """Where a training stands.
+
+    Attributes:
+        phase: Index of the phase.
+        epoch: Epochs of this phase that are finished.
+        step: Steps of the epoch after them that are finished.
+        sums: Sums over those steps of what is averaged over an epoch, by name.
+        history: One row for each finished epoch of all phases.
+        best: Best validation accuracy so far, in 0..1; -1 before the first.
+        unreadable: Image files that could not be read, and why.
+    """
+
+    phase: int = 0
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
+    history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    best: float = -1.0
+    unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+def is_finite(model: keras.Model) -> bool:
+    """Whether all variables of a model and its optimizer are finite."""
+    arrays = (keras.ops.convert_to_numpy(variable) for variable in _variables(model))
+    return all(np.all(np.isfinite(array)) for array in arrays if array.dtype.kind == "f")
+
+
+def save_checkpoint(path: Path, model: keras.Model, position: Position, write: bool = True) -> None:
+    """Writes a checkpoint.
+
+    Args:
+        path: The file to write or replace.
+        model: A compiled model whose optimizer is built.
+        position: Where it stands.
+        write: Whether this process writes. Of several that train together one does, but all must
+            call this: reading variables may need all of them.
+
+    Raises:
+        OSError: If it cannot be written; an earlier checkpoint is left as it was.
+    """
+    arrays = {
+        f"{index:05}": keras.ops.convert_to_numpy(variable)
+        for index, variable in enumerate(_variables(model))
+    }
+    if not write:
+        return
+    arrays[_POSITION] = np.array(json.dumps(dataclasses.asdict(position)))
+    with whole(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **arrays)
+
+
+def read_position(path: Path) -> Position:
+    """Reads where the training of a checkpoint stands.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the file is none.
+    """
+    return Position(**json.loads(str(_read(path)[_POSITION])))
+
+
+def restore_checkpoint(path: Path, model: keras.Model) -> None:
+    """Puts the variables of a checkpoint into a model of the same kind and phase.
+
+    Args:
+        path: The checkpoint.
+        model: A compiled model whose optimizer is built.
+
+    Raises:
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the file is none, or belongs to another model.
+    """
+    arrays, variables = _read(path), _variables(model)
+    names = [f"{index:05}" for index in range(len(variables))]
+    saved = [arrays[name].shape for name in sorted(arrays) if name != _POSITION]
+    expected = [tuple(variable.shape) for variable in variables]
+    if saved != expected:
+        raise ValueError(
+            f"The checkpoint {str(path)!r} belongs to another model or optimizer: it holds "
+            f"{len(saved)} variables, this training has {len(expected)}"
+            + ("." if len(saved) != len(expected) else ", of other shapes.")
+        )
+    for name, variable in zip(names, variables, strict=True):
+        variable.assign(arrays[name])
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {str(path)!r} to resume from.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+    except Exception as error:  # A broken archive can fail anywhere inside zipfile.
+        raise ValueError(f"{str(path)!r} is no checkpoint: {error}") from error
+    if _POSITION not in arrays:
+        raise ValueError(f"{str(path)!r} is no checkpoint: it holds no position.")
+    return arrays
+
+
+def _variables(model: keras.Model) -> list[Any]:
+    """Variables of a model, its dropout's seeds included, and of its optimizer; each once.
+
+    Those of metrics are left out: they are reset in every step.
+    """
+    of_metrics = {id(variable) for variable in model.metrics_variables}
+    found = {id(variable): variable for variable in (*model.variables, *model.optimizer.variables)}
+    return [variable for key, variable in found.items() if key not in of_metrics]

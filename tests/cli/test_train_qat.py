@@ -1,0 +1,203 @@
+import json
+import shutil
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+from keras_effnet.cli import main
+from keras_effnet.export import TFLiteRunner, read_tflite
+from keras_effnet.quantization import DistillationConfig, is_quantized, quantize_model
+from keras_effnet.training.loop import CHECKPOINT
+
+
+@pytest.fixture(scope="module")
+def colour_model(tmp_path_factory):
+    """A saved model that tells the three colours apart."""
+    inputs = keras.Input((32, 32, 3))
+    x = keras.layers.Rescaling(1 / 255)(inputs)
+    x = keras.layers.Conv2D(4, 1, name="conv", activation="relu")(x)
+    x = keras.layers.GlobalAveragePooling2D()(x)
+    x = keras.layers.Dense(3, name="predictions")(x)
+    model = keras.Model(inputs, keras.layers.Softmax()(x), name="efficientnet-tiny")
+    # The classes are the folders in alphabetical order: blue, green, red.
+    colours = np.eye(3, 4)[::-1][None, None]
+    model.get_layer("conv").set_weights([colours, np.zeros(4)])
+    model.get_layer("predictions").set_weights([8 * np.eye(4, 3), np.zeros(3)])
+    path = tmp_path_factory.mktemp("models") / "colours.keras"
+    model.save(path)
+    return path
+
+
+@pytest.fixture
+def run(tmp_path, photographs, colour_model):
+    defaults = {
+        "keras_model": colour_model,
+        "train_data": photographs,
+        "epochs": 2,
+        "batch_size": 4,
+        "output_dir": tmp_path / "qat",
+    }
+
+    def call(**changes):
+        argv = ["train-qat"]
+        for name, value in (defaults | changes).items():
+            flag = "--" + name.replace("_", "-")
+            if value is True:
+                argv.append(flag)
+            elif value is not None:
+                argv += [flag, str(value)]
+        return main(argv)
+
+    return call
+
+
+def error_of(capsys):
+    lines = capsys.readouterr().err.splitlines()
+    assert not any("Traceback" in line for line in lines)
+    assert lines[-1].startswith("error: "), lines
+    return lines[-1]
+
+
+def report_of(tmp_path):
+    return json.loads((tmp_path / "qat" / "report.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keras_model": "none.keras"}, "--keras-model: there is no 'none.keras'"),
+        ({"weights": "none"}, "--weights belongs to --model"),
+        ({"keras_model": None, "model": "EfficientNetTiny", "weights": "none"}, "Random weights"),
+        ({"train_data": None}, "--train-data is needed"),
+        ({"evaluation_data": "none"}, "--evaluation-data: there is no 'none'"),
+        ({"temperature": 2}, "--temperature belongs to --distill"),
+        ({"distill": True, "ema": 0.9}, "--ema belongs to training with labels"),
+        ({"distill": True, "resume": True}, "--resume belongs to training with labels"),
+        (
+            {"distill": True, "training_ranges": "moving_average"},
+            "--distill freezes no moving averages",
+        ),
+        ({"freeze_ranges_after": 0.5}, "belongs to --training-ranges moving_average"),
+        (
+            {"freeze_ranges_after": 2, "training_ranges": "moving_average"},
+            "--freeze-ranges-after is in 0..1",
+        ),
+        ({"calibration_method": "some"}, "`method` must be one of"),
+        ({"corrections": "some"}, "`corrections` must be"),
+    ],
+)
+def test_wrong_arguments_are_told_before_the_work(run, capsys, changes, message):
+    assert run(**changes) == 2
+    assert message in error_of(capsys)
+
+
+def test_a_quantized_model_and_one_without_softmax_are_refused(run, colour_model, tmp_path, capsys):
+    model = keras.models.load_model(colour_model)
+    images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype(np.float32)
+    quantize_model(model, images, verbose=False).save(tmp_path / "quantized.keras")
+    assert run(keras_model=tmp_path / "quantized.keras") == 2
+    assert "is quantized already" in error_of(capsys)
+    logits = keras.Model(model.inputs, model.get_layer("predictions").output)
+    logits.save(tmp_path / "logits.keras")
+    assert run(keras_model=tmp_path / "logits.keras", calibration_samples=4) == 2
+    assert "needs a model that ends in a softmax" in error_of(capsys)
+
+
+def check_files(tmp_path, photographs):
+    folder = tmp_path / "qat"
+    report = report_of(tmp_path)
+    names = [row["name"] for row in report["rows"]]
+    assert names == ["Keras, float", "float", "PTQ", "QAT"]
+    for row in report["rows"][1:]:
+        assert row["bytes"] == (folder / row["file"]).stat().st_size
+    for name in ("ptq", "qat"):
+        assert read_tflite(folder / f"{name}.tflite").inner_floats == ()
+        assert is_quantized(keras.models.load_model(folder / f"{name}.keras"))
+    # The Keras model that is kept is the file.
+    images = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).round().astype(np.float32)
+    kept = keras.models.load_model(folder / "qat.keras").predict(images, verbose=0)
+    found = TFLiteRunner(folder / "qat.tflite").predict(images)
+    np.testing.assert_allclose(found, kept, atol=1.5 / 256)
+    return report
+
+
+@pytest.mark.slow
+def test_training_with_labels_resumes_and_reports_three_forms(
+    run, photographs, tmp_path, capsys, monkeypatch
+):
+    given = {"training_ranges": "moving_average", "checkpoint_steps": 1, "learning_rate": 1e-2}
+    assert run(**given, evaluation_data=photographs) == 0
+    report = check_files(tmp_path, photographs)
+    # Training started from a quantized model that works already, and kept it.
+    assert [row["top1"] for row in report["rows"]] == [1.0] * 4
+    assert report["warnings"] == []
+    history = report["training"]["history"]
+    assert [row["phase"] for row in history] == ["qat", "qat"]
+    assert history[0]["loss"] > history[1]["loss"]
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("float", "PTQ", "QAT", "agreement"))
+    shutil.move(tmp_path / "qat", tmp_path / "whole")
+
+    from keras_effnet.training import loop
+
+    train_on_batch = loop.Replicas.train
+    steps = []
+
+    def interrupted(self, model, batch):
+        steps.append(1)
+        if len(steps) == 3:
+            signal.raise_signal(signal.SIGINT)
+        return train_on_batch(self, model, batch)
+
+    monkeypatch.setattr(loop.Replicas, "train", interrupted)
+    assert run(**given, evaluation_data=photographs) == 130
+    assert "Go on with: keras-effnet train-qat" in capsys.readouterr().err
+    assert (tmp_path / "qat" / CHECKPOINT).exists()
+    assert not (tmp_path / "qat" / "qat.tflite").exists()
+    assert run(**given, evaluation_data=photographs, resume=True) == 0
+    resumed = report_of(tmp_path)["training"]["history"]
+    for row, other in zip(history, resumed, strict=True):
+        assert row | {"seconds": 0} == other | {"seconds": 0}
+    files = [(tmp_path / name / "qat.tflite").read_bytes() for name in ("whole", "qat")]
+    assert files[0] == files[1]
+
+
+@pytest.mark.slow
+def test_distillation_needs_no_labels(run, photographs, tmp_path, capsys):
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for path in photographs.rglob("*.jpg"):
+        shutil.copy(path, unlabelled / f"{path.parent.name}{path.name}")
+    assert run(train_data=unlabelled, distill=True, learning_rate=1e-3) == 0
+    report = check_files(tmp_path, photographs)
+    told = report["training"]["distillation"]
+    assert told["after"] <= told["before"] and len(told["epochs"]) <= 2
+    assert [row["top1"] for row in report["rows"]] == [None] * 4
+    assert "compared on the training images" in report["warnings"][0]
+    assert "divergence from the float model" in capsys.readouterr().err
+
+
+def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys):
+    found = []
+
+    def distill(model, quantized, images, config, verbose):
+        found.append((config, sum(len(batch) for batch in images)))
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr("keras_effnet.quantization.distill", distill)
+    given = {"temperature": 3, "feature_weight": 0.5, "distill_mode": "block_wise", "seed": 4}
+    assert run(distill=True, no_flip=True, corrections="none", **given) == 1
+    assert "stop" in error_of(capsys)
+    expected = DistillationConfig(
+        mode="block_wise",
+        epochs=2,
+        batch_size=4,
+        learning_rate=1e-4,
+        temperature=3,
+        feature_weight=0.5,
+        flip=False,
+        seed=4,
+    )
+    assert found == [(expected, 12)]
