@@ -25,6 +25,7 @@ SNIPPETS = (
     "features_only",
     "model.tflite",
     "quantize_model",
+    "distill(",
     "photo.jpg",
     "largest_model",
 )
@@ -103,9 +104,12 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
 def test_int8(small):
-    execute(snippet("quantize_model"), model=small)
+    names = execute(snippet("quantize_model"), model=small)
     assert Path("flowers_int8.keras").exists()
     assert read_tflite("flowers_int8.tflite").inner_floats == ()
+    names = execute(snippet("distill("), **names)
+    assert names["result"].after <= names["result"].before
+    assert read_tflite("flowers_qat.tflite").inner_floats == ()
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="the export needs TensorFlow")
@@ -131,7 +135,7 @@ def test_commands_are_one_line_each_and_name_what_exists(capsys):
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     for line in fresh:
         (extra,) = re.findall(r"-e '\.\[(\w+)\]'", line)
-        assert re.search(rf'(EXTRAS\[)?"{extra}"\]?( =|:) \[', setup), extra
+        assert re.search(rf'(EXTRAS\[)?"{extra}"\]?( =|:) (\[|sorted)', setup), extra
     for line in set(commands) - set(fresh):
         command, name, *arguments = shlex.split(line)
         assert command == "keras-effnet"

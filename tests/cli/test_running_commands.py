@@ -13,7 +13,8 @@ from PIL import Image
 
 from keras_effnet.cli import check_tflite, main
 from keras_effnet.cli.evaluate import confusion_matrix
-from keras_effnet.export import ModelMetadata, add_metadata, to_onnx, to_tflite
+from keras_effnet.export import ModelMetadata, add_metadata, pack, to_onnx, to_tflite
+from keras_effnet.export._optional import import_tflite_schema
 from keras_effnet.export.probe import Prober
 from keras_effnet.quantization import QuantizationConfig, quantize_model
 
@@ -298,6 +299,20 @@ def test_inspect_shows_an_onnx_file(files, capsys):
     assert "--tensors is for" in failure(capsys, 2, "inspect", files["onnx"], "--tensors")
 
 
+@pytest.mark.parametrize("command", ["evaluate", "predict", "benchmark"])
+def test_a_file_that_crashes_litert_is_one_line(files, photographs, tmp_path, capsys, command):
+    """An operator whose inputs are all left out; LiteRT ends the process that runs it."""
+    schema = import_tflite_schema()
+    model = schema.ModelT.InitFromPackedBuf(Path(files["plain.tflite"]).read_bytes(), 0)
+    for operator in model.subgraphs[0].operators:
+        operator.inputs = np.full(len(operator.inputs), -1, np.int32)
+    path = tmp_path / "m.tflite"
+    path.write_bytes(pack.pack_model(model, schema))
+    more = {"evaluate": ["--data", str(photographs)], "predict": [str(photographs)]}
+    line = failure(capsys, 1, command, str(path), *more.get(command, []))
+    assert "LiteRT crashes on" in line and "exit code -" in line
+
+
 def test_damaged_files_are_one_line(files, tmp_path, photographs, capsys):
     whole = Path(files["tflite"]).read_bytes()
     path = tmp_path / "half.tflite"
@@ -421,6 +436,39 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
     return bytes(data)
 
 
+def with_other_values(data: bytes, random: np.random.Generator) -> bytes:
+    """A TFLite file that holds together, in which one to three values are nonsense."""
+    schema = import_tflite_schema()
+    model = schema.ModelT.InitFromPackedBuf(data, 0)
+    graph = model.subgraphs[0]
+    numbers = (-1, 0, 1, 2, 3, 7, 255, 2**16, 2**31 - 1)
+    for _ in range(random.integers(1, 4)):
+        operator = graph.operators[random.integers(len(graph.operators))]
+        tensor = graph.tensors[random.integers(len(graph.tensors))]
+        kind = random.integers(7)
+        if kind == 0:
+            operator.inputs[random.integers(len(operator.inputs))] = random.integers(
+                -1, len(graph.tensors)
+            )
+        elif kind == 1:
+            operator.opcodeIndex = int(random.integers(len(model.operatorCodes)))
+        elif kind == 2 and operator.builtinOptions is not None:
+            fields = [name for name, value in vars(operator.builtinOptions).items() if value == 1]
+            for name in fields[:2]:
+                setattr(operator.builtinOptions, name, int(random.choice((0, 2, 3, 7))))
+        elif kind == 3 and tensor.shape is not None and len(tensor.shape):
+            tensor.shape[random.integers(len(tensor.shape))] = random.choice(numbers)
+        elif kind == 4:
+            tensor.type = int(random.integers(20))
+        elif kind == 5 and tensor.quantization is not None:
+            scale = random.choice((0.0, -1.0, np.nan, np.inf, 1e-30))
+            tensor.quantization.scale = np.full(1, scale, np.float32)
+            tensor.quantization.zeroPoint = np.array([random.choice(numbers)], np.int64)
+        elif kind == 6:
+            tensor.buffer = int(random.integers(len(model.buffers)))
+    return pack.pack_model(model, schema)
+
+
 @pytest.fixture(scope="module")
 def int8_file(tmp_path_factory):
     """An integer-only file with the operators of an inverted residual, metadata and labels."""
@@ -464,7 +512,8 @@ def test_mutated_tflite_files(files, int8_file, photographs, tmp_path, capsys, m
         # One process for all in place of one for each file.
         monkeypatch.setattr("keras_effnet.export.probe.check_runs", prober.check)
         for index in range(number):
-            path.write_bytes(mutated(sources[index % len(sources)], random))
+            mutate = (mutated, with_other_values)[index // len(sources) % 2]
+            path.write_bytes(mutate(sources[index % len(sources)], random))
             for command, arguments in (
                 ("inspect", ["--json"]),
                 ("check-tflite", ["--target", "android", "--json"]),

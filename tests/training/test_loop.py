@@ -108,13 +108,13 @@ def test_a_run_killed_in_mid_epoch_ends_with_the_same_bits(run, uninterrupted, s
 
 
 def test_ctrl_c_finishes_the_step_and_leaves_a_checkpoint(run, uninterrupted):
-    ctrl_c = At(5, lambda model: signal.raise_signal(signal.SIGINT))
+    ctrl_c = At(2, lambda model: signal.raise_signal(signal.SIGINT))
     before = signal.getsignal(signal.SIGINT)
     result, _ = run(callbacks=[ctrl_c])
     assert result.interrupted
     assert signal.getsignal(signal.SIGINT) is before
     position = read_position(run.folder() / CHECKPOINT)
-    assert (position.phase, position.epoch, position.step) == (1, 0, 2)
+    assert (position.phase, position.epoch, position.step) == (0, 0, 2)
     assert not (run.folder() / LAST).exists()
     assert_same(run(resume=True), uninterrupted)
 
