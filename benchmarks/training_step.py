@@ -1,6 +1,6 @@
 """One training step: native QAT and tfmot's, each beside the float step that it is made of.
 
-    python benchmarks/training_step.py [--model EfficientNetB0] [--batch 16] [--steps 12] [--overwrite]
+    python benchmarks/training_step.py [--model EfficientNetB0] [--steps 12] [--overwrite]
 
 Every kind runs in a process of its own, in turns of `--rounds`; the step is compiled and fed from
 memory. Peak memory is that of the process. Results go to `benchmarks/results/training_step.*`.

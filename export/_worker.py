@@ -8,6 +8,7 @@ which LiteRT crashes takes this process with it, and not the caller's. `memory` 
 line with the largest resident set in bytes, before the file was loaded and at the end.
 """
 
+import contextlib
 import json
 import os
 import resource
@@ -28,6 +29,15 @@ def _run_once(path):
         interpreter.get_tensor(detail["index"])
 
 
+def _limit_memory(limit):
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    # Some systems know no such limit.
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+
+
 def _probe():
     import numpy  # noqa: F401
     from ai_edge_litert.interpreter import Interpreter  # noqa: F401
@@ -37,7 +47,7 @@ def _probe():
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        resource.setrlimit(resource.RLIMIT_AS, (request["limit"], resource.RLIM_INFINITY))
+        _limit_memory(request["limit"])
         try:
             _run_once(request["path"])
             answer = None

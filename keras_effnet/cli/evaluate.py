@@ -110,21 +110,22 @@ def run(args: argparse.Namespace) -> None:
     names = opening.class_names(args, files[0])
     if labels is None and images.paths is not None and Path(args.data).is_dir():
         names = opening.folder_names(images, names)
-    matrices = {
-        path: confusion_matrix(array, images.labels) for path, array in outputs.arrays.items()
-    }
+    shares = {path: shares_by_class(array, images.labels) for path, array in outputs.arrays.items()}
     if args.confusion_matrix is not None:
         from keras_effnet.plotting import png
 
-        figure = draw_confusion(matrices[files[0].path], names, Path(files[0].path).name)
+        shown, matrix = confusion_matrix(outputs.arrays[files[0].path], images.labels)
+        figure = draw_confusion(
+            matrix, tuple(names[index] for index in shown), Path(files[0].path).name
+        )
         write_whole(args.confusion_matrix, png(figure), overwrite=args.overwrite)
     if args.json:
-        print(json.dumps(_as_json(args, scores, matrices, names, images), indent=2))
+        print(json.dumps(_as_json(args, scores, shares, names, images), indent=2))
     else:
         print(_table(scores, files))
         if args.per_class:
             print()
-            print(_class_table(matrices, names))
+            print(_class_table(shares, names))
     if args.confusion_matrix is not None:
         common.say(f"Written: {args.confusion_matrix}")
 
@@ -140,7 +141,7 @@ def _check_alike(files: list[opening.OpenedFile]) -> None:
             )
 
 
-def confusion_matrix(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def confusion_matrix(outputs: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many images of each class (row) were taken for each class (column).
 
     Args:
@@ -148,13 +149,27 @@ def confusion_matrix(outputs: np.ndarray, labels: np.ndarray) -> np.ndarray:
         labels: Class indices, shape `(images,)`.
 
     Returns:
-        int64 of shape `(classes, classes)`.
+        The classes that occur, n of them in ascending order, and int64 of shape `(n, n)`.
     """
     import numpy as np
 
-    classes = outputs.shape[1]
-    places = labels * classes + outputs.argmax(axis=1)
-    return np.bincount(places, minlength=classes**2).reshape(classes, classes)
+    # Of thousands of classes most do not occur, and would fill the memory.
+    shown, places = np.unique(np.concatenate([labels, outputs.argmax(axis=1)]), return_inverse=True)
+    rows, columns = np.split(places, 2)
+    size = len(shown)
+    counts = np.bincount(rows * size + columns, minlength=size**2)
+    return shown, counts.reshape(size, size)
+
+
+def shares_by_class(outputs: np.ndarray, labels: np.ndarray) -> dict[int, tuple[int, float]]:
+    """Number of images and share of right ones, by class; classes without images are left out."""
+    import numpy as np
+
+    right = outputs.argmax(axis=1) == labels
+    return {
+        int(index): (int((labels == index).sum()), float(right[labels == index].mean()))
+        for index in np.unique(labels)
+    }
 
 
 def draw_confusion(matrix: np.ndarray, names: tuple[str, ...], title: str) -> Any:
@@ -170,10 +185,6 @@ def draw_confusion(matrix: np.ndarray, names: tuple[str, ...], title: str) -> An
     check_installed()
     from matplotlib.figure import Figure
 
-    # A thousand rows of which most are empty would hide the others.
-    shown = np.flatnonzero(matrix.sum(axis=1) + matrix.sum(axis=0))
-    matrix = matrix[np.ix_(shown, shown)]
-    names = tuple(names[index] for index in shown)
     shares = matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
     side = min(3.2 + 0.42 * len(names), 14)
     figure = Figure(figsize=(side, side), layout="constrained")
@@ -219,31 +230,22 @@ def _table(scores: list[Scores], files: list[opening.OpenedFile]) -> str:
     return text_table(cells)
 
 
-def _class_table(matrices: dict[str, np.ndarray], names: tuple[str, ...]) -> str:
-    first = next(iter(matrices.values()))
-    cells = [("class", "images", *(Path(path).name for path in matrices))]
-    for index, name in enumerate(names):
-        images = int(first[index].sum())
-        if images:
-            shares = (matrix[index, index] / images for matrix in matrices.values())
-            cells.append((name, str(images), *(f"{share:.1%}" for share in shares)))
+def _class_table(shares: dict[str, dict[int, tuple[int, float]]], names: tuple[str, ...]) -> str:
+    cells = [("class", "images", *(Path(path).name for path in shares))]
+    for index, (images, _) in next(iter(shares.values())).items():
+        found = (f"{each[index][1]:.1%}" for each in shares.values())
+        cells.append((names[index], str(images), *found))
     return text_table(cells)
 
 
-def _as_json(args, scores, matrices, names, images) -> dict[str, Any]:
+def _as_json(args, scores, shares, names, images) -> dict[str, Any]:
     entries = []
     for each in scores:
-        matrix = matrices[each.name]
-        totals = matrix.sum(axis=1)
         entry = dataclasses.asdict(each)
         entry["file"] = entry.pop("name")
         entry["per_class"] = {
-            names[index]: {
-                "images": int(totals[index]),
-                "top1": float(matrix[index, index] / totals[index]),
-            }
-            for index in range(len(names))
-            if totals[index]
+            names[index]: {"images": count, "top1": top1}
+            for index, (count, top1) in shares[each.name].items()
         }
         entries.append(entry)
     return {

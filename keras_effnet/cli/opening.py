@@ -24,6 +24,8 @@ FORMATS = (KERAS, TFLITE, ONNX)
 _CHANNELS = 3
 # Files hold means and standard deviations as float32.
 _ROUNDING = 1e-5
+# No classifier of photographs is larger, a damaged file's is: images are held in batches of floats.
+_LARGEST_INPUT, _MOST_CLASSES = 2**22, 2**20
 
 
 @dataclass(frozen=True)
@@ -190,6 +192,12 @@ def open_file(path: str, args: argparse.Namespace) -> OpenedFile:
         raise ValueError(
             "The model must read RGB images (batch, height, width, 3) of a known size and give "
             f"(batch, classes). Received: {path!r} with the shapes {read} and {given}"
+        )
+    if read[1] * read[2] > _LARGEST_INPUT or given[-1] > _MOST_CLASSES:
+        raise ValueError(
+            f"A model reads at most {_LARGEST_INPUT:,} pixels and gives at most {_MOST_CLASSES:,} "
+            f"classes. Received: {path!r} with the shapes {read} and {given}: it is damaged, or no "
+            "classifier of photographs."
         )
     spec = get_spec(args.model) if args.model is not None else find_spec(told.get("name", ""))
     if spec is None and args.crop == "published":

@@ -91,9 +91,28 @@ def test_accuracy_is_counted_by_class(files, photographs, tmp_path, capsys):
 
 
 def test_a_confusion_matrix_by_hand():
-    outputs = np.float32([[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
-    matrix = confusion_matrix(outputs, np.array([0, 1, 1]))
-    assert matrix.tolist() == [[1, 0], [1, 1]]
+    outputs = np.float32([[0.9, 0.1, 0], [0.2, 0.8, 0], [0.6, 0.4, 0]])
+    shown, matrix = confusion_matrix(outputs, np.array([0, 1, 1]))
+    assert shown.tolist() == [0, 1] and matrix.tolist() == [[1, 0], [1, 1]]
+
+
+def test_classes_that_do_not_occur_cost_nothing():
+    """A row and a column for each of the 100,000 classes would take 80 GB."""
+    outputs = np.zeros((3, 100_000), np.float32)
+    outputs[[0, 1, 2], [7, 7, 99_999]] = 1
+    shown, matrix = confusion_matrix(outputs, np.array([7, 50_000, 99_999]))
+    assert shown.tolist() == [7, 50_000, 99_999]
+    assert matrix.tolist() == [[1, 0, 0], [1, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(("size", "classes"), [((4096, 2048), 3), ((8, 8), 2**21)])
+def test_inputs_and_outputs_of_absurd_sizes(photographs, tmp_path, capsys, size, classes):
+    inputs = keras.Input((*size, 3))
+    x = keras.layers.GlobalAveragePooling2D()(inputs)
+    model = keras.Model(inputs, keras.layers.UpSampling1D(classes // 3)(x[..., None])[..., 0])
+    path = to_tflite(model, tmp_path / "m.tflite").path
+    line = failure(capsys, 1, "evaluate", str(path), "--data", str(photographs))
+    assert "at most 4,194,304 pixels" in line and "at most 1,048,576 classes" in line
 
 
 def test_a_normalization_that_the_file_does_not_tell(photographs, tmp_path, capsys):
@@ -301,11 +320,12 @@ def test_inspect_shows_an_onnx_file(files, capsys):
 
 @pytest.mark.parametrize("command", ["evaluate", "predict", "benchmark"])
 def test_a_file_that_crashes_litert_is_one_line(files, photographs, tmp_path, capsys, command):
-    """An operator whose inputs are all left out; LiteRT ends the process that runs it."""
+    """A convolution without a kernel; LiteRT ends the process that runs it."""
     schema = import_tflite_schema()
     model = schema.ModelT.InitFromPackedBuf(Path(files["plain.tflite"]).read_bytes(), 0)
-    for operator in model.subgraphs[0].operators:
-        operator.inputs = np.full(len(operator.inputs), -1, np.int32)
+    convolution = model.subgraphs[0].operators[0]
+    assert convolution.builtinOptionsType == schema.BuiltinOptions.Conv2DOptions
+    convolution.inputs = np.array([convolution.inputs[0], -1, -1], np.int32)
     path = tmp_path / "m.tflite"
     path.write_bytes(pack.pack_model(model, schema))
     more = {"evaluate": ["--data", str(photographs)], "predict": [str(photographs)]}
@@ -447,16 +467,17 @@ def with_other_values(data: bytes, random: np.random.Generator) -> bytes:
         tensor = graph.tensors[random.integers(len(graph.tensors))]
         kind = random.integers(7)
         if kind == 0:
-            operator.inputs[random.integers(len(operator.inputs))] = random.integers(
-                -1, len(graph.tensors)
-            )
+            operator.inputs = operator.inputs.copy()
+            place = random.integers(len(operator.inputs))
+            operator.inputs[place] = random.integers(-1, len(graph.tensors))
         elif kind == 1:
             operator.opcodeIndex = int(random.integers(len(model.operatorCodes)))
         elif kind == 2 and operator.builtinOptions is not None:
-            fields = [name for name, value in vars(operator.builtinOptions).items() if value == 1]
-            for name in fields[:2]:
-                setattr(operator.builtinOptions, name, int(random.choice((0, 2, 3, 7))))
+            for name, value in vars(operator.builtinOptions).items():
+                if type(value) is int and value == 1:  # Strides, dilations and the like.
+                    setattr(operator.builtinOptions, name, int(random.choice((0, 2, 3, 7))))
         elif kind == 3 and tensor.shape is not None and len(tensor.shape):
+            tensor.shape = tensor.shape.copy()
             tensor.shape[random.integers(len(tensor.shape))] = random.choice(numbers)
         elif kind == 4:
             tensor.type = int(random.integers(20))
@@ -472,6 +493,7 @@ def with_other_values(data: bytes, random: np.random.Generator) -> bytes:
 @pytest.fixture(scope="module")
 def int8_file(tmp_path_factory):
     """An integer-only file with the operators of an inverted residual, metadata and labels."""
+    keras.utils.set_random_seed(0)
     inputs = keras.Input((32, 32, 3))
     x = keras.layers.Conv2D(4, 3, strides=2, padding="same")(
         keras.layers.Rescaling(1 / 255)(inputs)

@@ -10,6 +10,7 @@ from keras_effnet.training import (
     NonFiniteLossError,
     Observer,
     Phase,
+    Replicas,
     TrainingConfig,
     read_position,
     restore_checkpoint,
@@ -52,7 +53,15 @@ def kill(model):
 def run(tmp_path):
     """Trains the toy in a folder; returns the result and the model."""
 
-    def start(name="run", config=None, resume=False, callbacks=(), observer=None, images=None):
+    def start(
+        name="run",
+        config=None,
+        resume=False,
+        callbacks=(),
+        observer=None,
+        images=None,
+        replicas=None,
+    ):
         (tmp_path / name).mkdir(exist_ok=True)
         training, validation = (images or toy.colour_images()).split(1 / 3, seed=0)
         model, saved_as = toy.toy_model(), toy.toy_model()
@@ -66,6 +75,7 @@ def run(tmp_path):
             resume=resume,
             callbacks=callbacks,
             observer=observer,
+            replicas=replicas,
         )
         return result, model
 
@@ -303,7 +313,18 @@ def test_a_last_update_that_is_no_number_does_not_pass_for_an_end(run):
         run(config=config_of(phases=PHASES[:1]), callbacks=[At(3, poison)])
 
 
-def test_what_goes_wrong_in_a_batch_is_raised_as_it_is(run, monkeypatch):
+class Hiding(Replicas):
+    """Hides what goes wrong in a batch behind an error of its own, as TensorFlow does."""
+
+    def feed(self, produce, images, batch_size):
+        try:
+            yield from produce(slice(None))
+        except ValueError as error:
+            raise RuntimeError("PyFunction failed") from error
+
+
+@pytest.mark.parametrize("replicas", [None, Hiding()])
+def test_what_goes_wrong_in_a_batch_is_raised_as_it_is(run, monkeypatch, replicas):
     images = toy.colour_images()
 
     def read(self, number):
@@ -311,7 +332,7 @@ def test_what_goes_wrong_in_a_batch_is_raised_as_it_is(run, monkeypatch):
 
     monkeypatch.setattr(type(images), "read", read)
     with pytest.raises(ValueError, match="None of the 8 images of a batch can be read"):
-        run(images=images)
+        run(images=images, replicas=replicas)
 
 
 class Told(Observer):
