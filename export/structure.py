@@ -34,9 +34,10 @@ _TYPE_BYTES = {
     "UINT64": 8,
     "BOOL": 1,
 }
-# Tensors of a B7 at its full size have 90 MB at most; what asks for more than this asks for the
-# memory of whoever opens the file.
-MAX_TENSOR_BYTES = 2**31
+# Tensors that L2, the largest of the family, computes in float at its full size have 280 MB at
+# most; what asks for more than this asks for the memory of whoever runs the file. Constants are as
+# large as the file holds them.
+MAX_TENSOR_BYTES = 2**29
 # Tables and vectors that others share are read each time, so a small file can hold very many. A B7
 # has some 20,000 tables, a V2-L 2 million scales, zero points and the like.
 _MAX_TABLES = 300_000
@@ -243,9 +244,9 @@ def _check_tensor(tensor: Any, index: int, types: dict[int, int | None], lengths
     if width is None or tensor.Sparsity() is not None:
         return
     size = width * math.prod(shape)
-    if size > MAX_TENSOR_BYTES:
-        raise ValueError(f"tensor {index} has {size:,} bytes")
     length = lengths[tensor.Buffer()]
+    if not length and size > MAX_TENSOR_BYTES:
+        raise ValueError(f"tensor {index} has {size:,} bytes")
     if length and length != size:
         raise ValueError(f"tensor {index} has {size:,} bytes, its buffer {length:,}")
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 GUIDES = ("accuracy", "android", "coral", "raspberry_pi")
 # Guides whose snippets have tests of their own.
-TESTED_ELSEWHERE = ("tfmot",)
+TESTED_ELSEWHERE = ("tfmot", "training")
 # What a board, a phone or a compiler runs that is not here.
 NOT_HERE = ("adb", "pip")
 COLOURS = {"daisy": (240, 240, 230), "rose": (220, 30, 40), "tulip": (120, 20, 200)}
@@ -185,6 +185,22 @@ def test_the_table_of_variants_is_that_of_the_plans():
     assert table.strip() == check_tflite.markdown(rows), (
         "paste the output of `keras-effnet check-tflite --variants --markdown`"
     )
+
+
+@pytest.mark.parametrize("guide", TESTED_ELSEWHERE)
+def test_the_commands_of_other_guides_exist(capsys, guide):
+    for language, content in blocks(read(guide)):
+        if language != "sh":
+            continue
+        for line in content.replace("\\\n", " ").splitlines():
+            if not line.startswith("keras-effnet "):
+                continue
+            _, *arguments = shlex.split(line)
+            with pytest.raises(SystemExit) as stop:
+                main([arguments[0], "--help"])
+            assert stop.value.code == 0, line
+            text = capsys.readouterr().out
+            assert all(flag in text for flag in arguments if flag.startswith("--")), line
 
 
 def test_every_guide_is_tested_and_linked():

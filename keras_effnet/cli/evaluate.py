@@ -17,6 +17,7 @@ import argparse
 import dataclasses
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -240,11 +241,13 @@ def _class_table(shares: dict[str, dict[int, tuple[int, float]]], names: tuple[s
 
 def _as_json(args, scores, shares, names, images) -> dict[str, Any]:
     entries = []
+    times = Counter(names)  # Two classes of one name, as ImageNet has, keep their places apart.
+    keys = [name if times[name] == 1 else f"{name} ({index})" for index, name in enumerate(names)]
     for each in scores:
         entry = dataclasses.asdict(each)
         entry["file"] = entry.pop("name")
         entry["per_class"] = {
-            names[index]: {"images": count, "top1": top1}
+            keys[index]: {"images": count, "top1": top1}
             for index, (count, top1) in shares[each.name].items()
         }
         entries.append(entry)

@@ -38,8 +38,8 @@ class DistillationConfig:
             no more.
         epochs: Most passes over the images (of each block, in block-wise mode), at least 1.
         batch_size: Images of one step, at least 1.
-        learning_rate: Largest one of Adam, positive. Weights are stored in units of their range,
-            so 1e-4 is about 1/80 of a kernel's step.
+        learning_rate: Largest one of Adam, positive. Weights are stored in units of their range:
+            1e-4 is about 1/80 of a kernel's step.
         temperature: Divides the logits of both models, positive.
         feature_weight: Weight of the squared error of the features at the end of each stage,
             relative to their energy, beside the divergence of the classes; 0 or more.
@@ -56,7 +56,7 @@ class DistillationConfig:
     mode: str = END_TO_END
     epochs: int = 20
     batch_size: int = 16
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-5
     temperature: float = 1.0
     feature_weight: float = 0.0
     validation_share: float = 0.2

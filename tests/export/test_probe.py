@@ -1,9 +1,13 @@
 """Files are tried in a process of their own."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from keras_effnet.export import pack
+from keras_effnet.export import pack, probe
 from keras_effnet.export._optional import import_tflite_schema
 from keras_effnet.export.probe import Prober, check_runs
 
@@ -37,6 +41,18 @@ def test_memory_is_limited(float_export):
     with Prober(memory_limit=2**20) as prober:
         with pytest.raises(ValueError, match="LiteRT (crashes on|cannot run)"):
             prober.check(float_export.path)
+
+
+def test_a_limit_of_the_caller_stays(float_export):
+    """As `ulimit -v` sets it: it cannot be raised, and the file runs all the same."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (2**33, 2**33));"
+        "from _worker import _limit_memory, _run_once; _limit_memory(2**34); _run_once(sys.argv[1])"
+    )
+    command = [sys.executable, "-c", code, str(float_export.path)]
+    folder = Path(probe.__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert result.returncode == 0, result.stderr[-1000:]
 
 
 def test_time_is_limited(float_export):

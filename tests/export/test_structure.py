@@ -68,6 +68,9 @@ CHANGES = {
     "tensor 0 has 4,611,686,014,132,420,609 bytes": _set(
         lambda model, graph: graph.tensors[0], "shape", np.int32([2**31 - 1, 2**31 - 1])
     ),
+    "tensor 0 has 536,870,913 bytes": _set(
+        lambda model, graph: graph.tensors[0], "shape", np.int32([2**29 + 1])
+    ),
     "its buffer": lambda model, graph: [
         setattr(tensor, "shape", np.int32([*tensor.shape, 3]))
         for tensor in graph.tensors

@@ -16,7 +16,7 @@ from keras_effnet.training.loop import CHECKPOINT
 from keras_effnet.training.replicas import TensorFlowReplicas
 
 SCRIPT = Path(__file__).with_name("training_process.py")
-# Sums over a batch are taken in another order, in float32: 4e-7 at most was seen in twelve steps.
+# Sums over a batch are taken in another order, in float32: 3e-7 at most was seen in twelve steps.
 # With batch norms that are not synchronized it is 0.24.
 LOSS_TOLERANCE = 1e-5
 
@@ -89,17 +89,16 @@ def one_device(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["jax", "torch"])
-def test_other_backends_resume_as_well(tmp_path, one_device, backend):
-    pytest.importorskip(backend)
-    process = start(tmp_path / "killed", "one", "new", KERAS_BACKEND=backend)
+def test_another_backend_resumes_as_well(tmp_path, one_device):
+    pytest.importorskip("jax")
+    process = start(tmp_path / "killed", "one", "new", KERAS_BACKEND="jax")
     for _ in range(5):
         assert process.stdout.readline().strip()
     process.kill()
     process.communicate()
-    told = run(tmp_path / "killed", "one", "resume", KERAS_BACKEND=backend)
+    told = run(tmp_path / "killed", "one", "resume", KERAS_BACKEND="jax")
     assert len(told["losses"]) < 12
-    for row, other in zip(told["history"], one_device(backend)["history"], strict=True):
+    for row, other in zip(told["history"], one_device("jax")["history"], strict=True):
         np.testing.assert_allclose(row["loss"], other["loss"], rtol=LOSS_TOLERANCE)
         assert row["val_accuracy"] == other["val_accuracy"]
 

@@ -17,10 +17,11 @@ def toy_model(seed=0, dropout=0.3):
     layers = keras.layers
     inputs = keras.Input((*SIZE, 3))
     x = layers.Rescaling(1 / 255, name="rescaling")(inputs)
-    x = layers.Conv2D(4, 3, strides=2, name="stem_conv")(x)
+    # Before a batch norm, a bias has no gradient but noise, of which Adam makes large steps.
+    x = layers.Conv2D(4, 3, strides=2, use_bias=False, name="stem_conv")(x)
     x = layers.BatchNormalization(name="stem_bn")(x)
     x = layers.Activation("swish", name="stem_activation")(x)
-    x = layers.Conv2D(8, 3, strides=2, name="block1a_project_conv")(x)
+    x = layers.Conv2D(8, 3, strides=2, use_bias=False, name="block1a_project_conv")(x)
     x = layers.BatchNormalization(name="block1a_project_bn")(x)
     x = layers.GlobalAveragePooling2D(name="avg_pool")(x)
     x = layers.Dropout(dropout, name="top_dropout")(x)
