@@ -6,7 +6,9 @@ import argparse
 import contextlib
 import logging
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
@@ -30,17 +32,43 @@ def guarded(args: argparse.Namespace) -> int:
         The exit code.
     """
     mute_native_logs(args.debug)
-    try:
-        args.run(args)
-    except KeyboardInterrupt:
-        print("error: interrupted; nothing half-written was left", file=sys.stderr)
-        return INTERRUPTED
-    except Exception as error:
-        if args.debug:
-            raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        return USAGE if isinstance(error, UsageError) else FAILURE
+    with _noted_interrupts() as interrupts:
+        try:
+            args.run(args)
+        except (KeyboardInterrupt, Exception) as error:
+            if interrupts or isinstance(error, KeyboardInterrupt):
+                print("error: interrupted; nothing half-written was left", file=sys.stderr)
+                return INTERRUPTED
+            if args.debug:
+                raise
+            print(f"error: {one_line(error)}", file=sys.stderr)
+            return USAGE if isinstance(error, UsageError) else FAILURE
     return SUCCESS
+
+
+@contextlib.contextmanager
+def _noted_interrupts() -> Iterator[list[int]]:
+    """Yields a list that Ctrl-C adds to, before it raises KeyboardInterrupt as always.
+
+    Libraries in C++ turn an interrupt of a Python function that they call into an error of their
+    own; with the note it is told from a real one.
+    """
+    noted: list[int] = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.default_int_handler(number, frame)
+
+    # Only the main thread may change handlers, and a caller's own one is left alone.
+    plain = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not plain or threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def one_line(error: BaseException) -> str:

@@ -79,7 +79,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=_not_negative,
         help="passes in which the classifier alone is trained (default: 3; 0 with --weights none)",
     )
-    phases.add_argument("--head-learning-rate", metavar="X", type=float, default=3e-3)
+    phases.add_argument(
+        "--head-learning-rate",
+        metavar="X",
+        type=float,
+        default=3e-3,
+        help="the largest one while the classifier alone is trained (default: 0.003)",
+    )
     phases.add_argument(
         "--epochs",
         metavar="N",

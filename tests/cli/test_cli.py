@@ -41,6 +41,25 @@ def raising(error):
     return behaviour
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Ctrl-C is sent as a signal")
+def test_an_interrupt_that_a_library_turns_into_an_error_is_one(probe, capsys):
+    def behaviour(_):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("Converter failed") from error
+
+    # As in a terminal; a shell that runs the tests in the background lets them ignore it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        probe(behaviour)
+        assert cli.main(["probe-it"]) == 130
+        assert capsys.readouterr().err == "error: interrupted; nothing half-written was left\n"
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_command_is_called_like_its_module_and_gets_its_arguments(probe):
     seen = []
     probe(seen.append)
@@ -191,6 +210,6 @@ def test_ctrl_c_during_the_conversion_leaves_nothing(tmp_path):
         lines.append(line)
         if line.startswith("Converting"):
             process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=300) == 130, lines
+    assert process.wait(timeout=300) == 130, "".join(lines)[-3000:]
     assert lines[-1] == "error: interrupted; nothing half-written was left\n"
     assert list(tmp_path.iterdir()) == []

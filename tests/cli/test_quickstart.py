@@ -46,7 +46,8 @@ def test_no_held_out_digit_is_trained_on(digits):
     assert not any(image.tobytes() in train for image in digits.held_out_images)
 
 
-def test_one_epoch_from_digits_to_files(tmp_path, capsys):
+def test_one_epoch_from_digits_to_files(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(quickstart, "_DISTILLATION_EPOCHS", 1)
     folder = tmp_path / "new" / "output"
     assert main(["quickstart", "--output-dir", str(folder), "--epochs", "1"]) == 0
     out, err = capsys.readouterr()
