@@ -128,7 +128,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     labelled.add_argument("--ema", metavar="MOMENTUM", type=float, help="(default: 0, none)")
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
-    labelled.add_argument("--class-weights", choices=("none", "balanced"))
+    labelled.add_argument(
+        "--class-weights",
+        choices=("none", "balanced"),
+        help="balanced: images of rare classes weigh more (default: none)",
+    )
     train.add_augmentation(parser)
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument(
