@@ -41,7 +41,8 @@ for ranges in ("moving_average", "learned"):
     results[f"{ranges}_losses"] = history.history["loss"]
 
 student = quantize_model(model, images, QuantizationConfig(corrections=()), verbose=False)
-result = distill(model, student, images, DistillationConfig(epochs=3, batch_size=4), verbose=False)
+config = DistillationConfig(epochs=3, batch_size=4, learning_rate=1e-4)
+result = distill(model, student, images, config, verbose=False)
 student.save(folder / "distilled.keras")
 results["distilled"] = student.predict(images, verbose=0)
 results["distilled_losses"] = [result.before, result.after]
