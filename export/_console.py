@@ -38,6 +38,22 @@ def native_logs_muted() -> Iterator[None]:
             sys.stderr = stderr
 
 
+@contextlib.contextmanager
+def loggers_muted(*names: str) -> Iterator[None]:
+    """Keeps what libraries say by Python's logging off the terminal; errors are exceptions."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [each.level for each in loggers]
+    if logger.isEnabledFor(logging.DEBUG):
+        loggers = []
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=False):
+            each.setLevel(level)
+
+
 def _is_descriptor_2(stream: object) -> bool:
     # Notebooks and test runners replace sys.stderr by something without a descriptor.
     try:

@@ -180,7 +180,6 @@ def read_metadata(source: str | os.PathLike | bytes) -> ModelMetadata | None:
             AttributeError,
             LookupError,
             zipfile.BadZipFile,
-            NotImplementedError,
             RuntimeError,
         ) as error:
             raise ValueError(f"The metadata of {describe(source)} are damaged: {error}.") from error

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import importlib.metadata
 import json
-import logging
 import os
 import stat
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ._console import native_logs_muted
+from ._console import loggers_muted, native_logs_muted
 from ._optional import import_onnx, import_tensorflow, import_tf2onnx
 from .files import check_target, write_whole
 from .onnx_file import LAYOUT_KEY, LAYOUTS, ONNXFile, OptimizedGraph, optimized, read_onnx
@@ -369,7 +367,7 @@ def _convert(onnx: Any, model: keras.Model, opset: int, layout: str, dynamic_bat
     that TensorFlow captured, such as those of `Normalization`, become required inputs there.
     """
     tf = import_tensorflow()
-    with _loggers_muted("tensorflow", "tf2onnx"), native_logs_muted():
+    with loggers_muted("tensorflow", "tf2onnx"), native_logs_muted():
         frozen = _frozen_graph(tf, model, None if dynamic_batch else 1)
         # A front of NCHW is converted for both layouts: the arithmetic before the first
         # convolution is faster there, and tf2onnx would have it in NHWC.
@@ -425,22 +423,6 @@ def _by_tf2onnx(
         passes = {name: getattr(optimizer, name) for name in _TF2ONNX_PASSES}
         graph = optimizer.optimize_graph(graph, catch_errors=False, optimizers=passes)
         return graph.make_model(PRODUCER)
-
-
-@contextlib.contextmanager
-def _loggers_muted(*names: str) -> Iterator[None]:
-    """Keeps what libraries say by Python's logging off the terminal; errors are exceptions."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    if logging.getLogger("keras_effnet.export").isEnabledFor(logging.DEBUG):
-        loggers = []
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=False):
-            logger.setLevel(level)
 
 
 def _frozen_graph(tf: Any, model: keras.Model, batch: int | None) -> Any:

@@ -348,7 +348,7 @@ def _open_files(
 
     def read(index: int) -> np.ndarray:
         try:
-            return crop_and_resize(_read_image(paths[index]), size, preprocessing, crop)
+            return crop_and_resize(read_image(paths[index]), size, preprocessing, crop)
         except Exception as error:
             raise ValueError(
                 f"{str(paths[index])!r} could be read when the source was opened, and cannot be "
@@ -357,7 +357,7 @@ def _open_files(
 
     def problem(index: int) -> str | None:
         try:
-            image = _read_image(paths[index])
+            image = read_image(paths[index])
             crop_box((image.height, image.width), size, preprocessing, crop)
         except Exception as error:  # A broken file can fail anywhere inside a decoder.
             return str(error) or type(error).__name__
@@ -646,7 +646,7 @@ def _check_labels(labels: Any, count: int, classes: int | None) -> np.ndarray | 
 # Reading files
 
 
-def _read_image(path: Path) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
     """Decodes a file and applies its EXIF orientation; any mode."""
     from PIL import Image, ImageOps
 

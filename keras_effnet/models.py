@@ -19,7 +19,7 @@ import keras
 from .builder import FEATURE_LEVELS, build, classifier, deep_graphs, feature_layers
 from .scaling import COMPOUND
 from .specs import SPECS, ModelSpec, get_spec
-from .weights import check_spec, load_weights, locate_weights
+from .weights import check_spec, finalize_normalization, load_weights, locate_weights
 
 Weights = str | os.PathLike | None
 _P = ParamSpec("_P")
@@ -271,9 +271,7 @@ def replace_head(
         backbone = keras.Model(model.inputs, model.get_layer("top_activation").output)
         copy = keras.models.clone_model(backbone)
     copy.set_weights(backbone.get_weights())
-    for layer in copy.layers:
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # It computes with copies of its weights.
+    finalize_normalization(copy)
     x = keras.layers.GlobalAveragePooling2D(name="avg_pool")(copy.output)
     x = classifier(x, classes, dropout_rate, classifier_activation)
     with deep_graphs():

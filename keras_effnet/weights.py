@@ -715,6 +715,16 @@ class LoadReport:
     kept: tuple[str, ...]
 
 
+def finalize_normalization(model: keras.Model) -> None:
+    """Lets the Normalization layers of a model compute with the weights that they hold now.
+
+    They keep tensors beside their weights, which silently stay the old ones.
+    """
+    for layer in model._flatten_layers(include_self=False):
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
+
+
 def load_weights(
     model: keras.Model,
     source: str | os.PathLike | StoredWeights,
@@ -788,10 +798,7 @@ def load_weights(
         for variable_name, variable in variables.items():
             if variable_name in weights[name]:
                 variable.assign(weights[name][variable_name])
-    for layer in model.layers:
-        # Keeps tensors beside its weights, which would silently stay the old ones.
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()
+    finalize_normalization(model)
 
     if skipped_head and HEAD not in ignored:
         warnings.warn(

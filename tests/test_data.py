@@ -344,7 +344,7 @@ def test_decoding_ahead_is_bounded(folder, monkeypatch):
     monkeypatch.setattr(data, "_DECODED_AHEAD", 2)
     dataset = opened(folder)
     decoded = []
-    monkeypatch.setattr(data, "_read_image", lambda path: decoded.append(path) or Image.open(path))
+    monkeypatch.setattr(data, "read_image", lambda path: decoded.append(path) or Image.open(path))
     batches = dataset.batches(1)
     next(batches)
     batches.close()

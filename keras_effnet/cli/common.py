@@ -123,12 +123,21 @@ def checked(check: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
 
 def positive_int(text: str) -> int:
     """argparse type: an integer of at least 1."""
+    return _at_least(1, text, "a positive whole number")
+
+
+def whole_number(text: str) -> int:
+    """argparse type: an integer of at least 0."""
+    return _at_least(0, text, "a whole number of at least 0")
+
+
+def _at_least(least: int, text: str, what: str) -> int:
     try:
         value = int(text)
     except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a positive whole number is needed, not {text!r}")
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{what} is needed, not {text!r}")
     return value
 
 

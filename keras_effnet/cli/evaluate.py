@@ -45,7 +45,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="use at most so many of them (default: all)",
     )
     parser.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the choice of samples (default: 0)"
+        "--seed",
+        metavar="N",
+        type=common.whole_number,
+        default=0,
+        help="of the choice of samples (default: 0)",
     )
     parser.add_argument(
         "--strict", action="store_true", help="fail on an unreadable image instead of skipping it"

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -115,14 +114,14 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
     group.add_argument(
         "--corrections",
         metavar="LIST",
-        type=_names,
+        type=name_list,
         help="what is corrected, separated by commas: swish_equalization, "
         "learned_rounding, bias_correction; or none (default: what usually helps)",
     )
     group.add_argument(
         "--keep-float",
         metavar="LAYERS",
-        type=_names,
+        type=name_list,
         help="names of layers to leave in float, separated by commas",
     )
     group.add_argument(
@@ -166,7 +165,11 @@ def add_images(parser: argparse.ArgumentParser) -> None:
     )
     opening.add_crop(images)
     images.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of the choice of samples (default: 0)"
+        "--seed",
+        metavar="N",
+        type=common.whole_number,
+        default=0,
+        help="of the choice of samples (default: 0)",
     )
     images.add_argument(
         "--strict", action="store_true", help="fail on an unreadable image instead of skipping it"
@@ -225,7 +228,7 @@ def add_verification(parser: argparse.ArgumentParser, runtime: str) -> None:
     )
 
 
-def _names(text: str) -> tuple[str, ...]:
+def name_list(text: str) -> tuple[str, ...]:
     """argparse type: names separated by commas; "none" is no name."""
     names = tuple(name.strip() for name in text.split(",")) if text.strip() != "none" else ()
     if "" in names:
@@ -258,8 +261,10 @@ def run(args: argparse.Namespace, form: Format) -> None:
     with common.stage("model", f"Building {args.model or args.keras_model} …", seconds):
         source = _open_model(args, labels)
     with common.stage("images", "Opening images …", seconds):
-        calibration = _open(args.calibration_data, args.calibration_samples, args, source)
-        evaluation = _open(args.evaluation_data, args.evaluation_samples, args, source, labels)
+        calibration = open_images_of(args.calibration_data, args.calibration_samples, args, source)
+        evaluation = open_images_of(
+            args.evaluation_data, args.evaluation_samples, args, source, labels
+        )
 
     from keras_effnet.export import ExportReport, write_report
     from keras_effnet.export.html_report import write_html
@@ -531,12 +536,12 @@ def _open_model(args: argparse.Namespace, labels: Labels | None) -> Source:
     if args.model is not None:
         spec = get_spec(args.model)
         classes = args.classes or (_IMAGENET_CLASSES if labels is None else len(labels))
-        model = _create(args, spec, classes)
+        model = build_variant(args, spec, classes)
         source = Source(model, spec.preprocessing, in_graph=True, labels=labels)
     else:
         model = load_model(args.keras_model)
         _check_calibration(args, is_quantized(model))
-        spec = _spec_of(model)
+        spec = spec_of(model)
         preprocessing = PreprocessingSpec() if spec is None else spec.preprocessing
         in_graph = spec is None or reads_pixels(model)
         source = Source(model, preprocessing, in_graph, labels)
@@ -548,7 +553,7 @@ def _open_model(args: argparse.Namespace, labels: Labels | None) -> Source:
     return source
 
 
-def _create(args: argparse.Namespace, spec: ModelSpec, classes: int) -> keras.Model:
+def build_variant(args: argparse.Namespace, spec: ModelSpec, classes: int) -> keras.Model:
     from keras_effnet.models import create_model
     from keras_effnet.weights import load_weights, locate_weights
 
@@ -595,7 +600,7 @@ def load_model(path: str) -> keras.Model:
     return model
 
 
-def _spec_of(model: keras.Model) -> ModelSpec | None:
+def spec_of(model: keras.Model) -> ModelSpec | None:
     spec = opening.find_spec(model.name)
     if spec is None:
         common.say(
@@ -622,7 +627,7 @@ class Calibration:
             yield images
 
 
-def _open(
+def open_images_of(
     path: str | None,
     samples: int | None,
     args: argparse.Namespace,
@@ -780,19 +785,15 @@ def _kept_as_failed(export: Export) -> Export:
 
 def _analysis(model: keras.Model, quantized: keras.Model, comparison: _Comparison) -> Analysis:
     """What quantization does to every tensor, and what the noisiest layers cost alone."""
+    from keras_effnet.export._console import loggers_muted
     from keras_effnet.quantization import analyze
 
     images = comparison.sample(_ANALYSIS_IMAGES)
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
     # Each of the models below is run once, which TensorFlow calls expensive retracing.
-    logger.setLevel(logging.ERROR)
-    try:
+    with loggers_muted("tensorflow"):
         analysis = analyze(model, quantized, images, layers=(), verbose=False)
         layers = noisiest_layers(analysis)[:_WORST_LAYERS]
         alone = analyze(model, quantized, images, layers=layers, verbose=False)
-    finally:
-        logger.setLevel(level)
     return dataclasses.replace(analysis, losses=alone.losses)
 
 

@@ -266,8 +266,10 @@ def export(
     """
     from keras_effnet.export import ONNXRunner, TFLiteRunner, to_onnx, to_tflite
     from keras_effnet.quantization import DistillationConfig, distill, quantize_model
+    from keras_effnet.quantization.files import whole
 
-    _save(model, folder / _MODEL)
+    with whole(folder / _MODEL) as temporary:
+        model.save(temporary)
     predictors: dict[tuple[str, str], Predictor] = {(_KERAS, _MODEL): model.predict_on_batch}
 
     def add(name, source, write, runner, quantization):
@@ -286,16 +288,6 @@ def export(
     add(_TRAINED, quantized, to_tflite, TFLiteRunner, "int8")
     add(_ONNX, quantized, to_onnx, ONNXRunner, "int8")
     return predictors
-
-
-def _save(model: keras.Model, path: Path) -> None:
-    # Keras tells the format by the ending.
-    temporary = path.with_name(f".part-{path.name}")
-    try:
-        model.save(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def evaluate(

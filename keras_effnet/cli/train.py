@@ -20,7 +20,6 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
-import json
 import shlex
 import sys
 import time
@@ -29,10 +28,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_effnet.cli import common
+from keras_effnet.cli import common, opening
 from keras_effnet.cli.common import UsageError
 from keras_effnet.cli.tables import text_table
-from keras_effnet.specs import ModelSpec, get_spec
+from keras_effnet.specs import ModelSpec, PreprocessingSpec, get_spec
 
 if TYPE_CHECKING:
     import keras
@@ -76,7 +75,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     phases.add_argument(
         "--head-epochs",
         metavar="N",
-        type=_not_negative,
+        type=common.whole_number,
         help="passes in which the classifier alone is trained (default: 3; 0 with --weights none)",
     )
     phases.add_argument(
@@ -89,7 +88,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     phases.add_argument(
         "--epochs",
         metavar="N",
-        type=_not_negative,
+        type=common.whole_number,
         default=10,
         help="passes in which the upper stages are trained as well (default: 10)",
     )
@@ -145,6 +144,7 @@ def add_data(parser: argparse.ArgumentParser) -> None:
         help="the classes in their order: a text file with one name per line, or a .csv with "
         "index, id and name (default: the folders in alphabetical order)",
     )
+    opening.add_crop(data)
     data.add_argument(
         "--strict", action="store_true", help="fail on an unreadable image instead of skipping it"
     )
@@ -188,7 +188,7 @@ def add_training(parser: argparse.ArgumentParser) -> None:
         help="of the arithmetic; the saved model has float32 (default: float32)",
     )
     training.add_argument(
-        "--seed", metavar="N", type=_not_negative, default=0, help="of everything random"
+        "--seed", metavar="N", type=common.whole_number, default=0, help="of everything random"
     )
 
 
@@ -207,7 +207,7 @@ def add_augmentation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rand-augment",
         metavar="N",
-        type=_not_negative,
+        type=common.whole_number,
         default=0,
         help="random operations on each image, e.g. 2 (default: 0)",
     )
@@ -244,18 +244,8 @@ def add_running(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     return running
 
 
-def _not_negative(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"a whole number of at least 0 is needed, not {text!r}")
-    return value
-
-
 def _stages(text: str) -> int | str:
-    return text if text == "none" else _not_negative(text)
+    return text if text == "none" else common.whole_number(text)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -276,7 +266,7 @@ def run(args: argparse.Namespace) -> None:
         replicas = start_keras(args.distribute, args.deterministic)
     size = args.size or spec.resolution
     with common.stage("images", "Opening images …", seconds):
-        training, validation, names = open_images_of(args, spec, (size, size))
+        training, validation, names = open_images_of(args, spec.preprocessing, (size, size))
     settings = {
         "command": "train",
         "model": {
@@ -286,11 +276,14 @@ def run(args: argparse.Namespace) -> None:
         **settings_of(config, training, validation, names),
     }
     folder = open_run(args, settings, replicas)
+    from keras_effnet.weights import finalize_normalization
+
     with common.stage("model", f"Building {args.model} …", seconds):
         saved_as = _build(args, spec, size, len(names), weights=not args.resume)
         with mixed_precision(config), replicas.scope():
             model = _build(args, spec, size, len(names), weights=False)
-        copy_weights(saved_as, model)
+        model.set_weights(saved_as.get_weights())
+        finalize_normalization(model)
     write_labels(folder, names, replicas)
     result = train_in(
         folder, args, model, training, validation, config, saved_as=saved_as, replicas=replicas
@@ -410,20 +403,20 @@ def start_keras(distribute: bool, deterministic: bool) -> Replicas:
 
 def open_images_of(
     args: argparse.Namespace,
-    spec: ModelSpec,
+    preprocessing: PreprocessingSpec,
     size: tuple[int, int],
     *,
     classes: int | None = None,
-    transform: Any = None,
+    in_graph: bool = True,
 ) -> tuple[Images, Images, Labels]:
     """Opens the training and the validation images.
 
     Args:
         args: With the arguments of `add_data`.
-        spec: Whose crop is used.
+        preprocessing: How images are cropped, and what makes the model's input of pixels.
         size: `(height, width)` in pixels.
         classes: Number of classes that a model has already.
-        transform: What makes the model's input of pixels, if the model does not.
+        in_graph: Whether the model makes its input of pixels itself.
 
     Returns:
         Both, and the classes.
@@ -440,9 +433,10 @@ def open_images_of(
         found = open_images(
             path,
             size,
-            preprocessing=spec.preprocessing,
+            preprocessing=preprocessing,
             labels=labels,
             classes=classes,
+            crop=args.crop,
             strict=args.strict,
         )
         for file, reason in found.skipped:
@@ -458,12 +452,16 @@ def open_images_of(
     names = labels or Labels(_class_names(Path(args.train_data), trained.labels, classes))
     if len(names) < 2:
         raise UsageError(f"Two or more classes are needed. Received: {', '.join(names.names)}")
-    training = Images(trained, len(names), spec.preprocessing, transform)
+    transform = None if in_graph else preprocessing
+
+    def made(dataset: Any) -> Images:
+        return Images(dataset, len(names), preprocessing, transform, args.crop)
+
+    training = made(trained)
     if args.validation_data is None:
         share = args.validation_share or _VALIDATION_SHARE
         return *common.checked(training.split, share, args.seed), names
-    validation = open_one(args.validation_data, names)
-    return training, Images(validation, len(names), spec.preprocessing, transform), names
+    return training, made(open_one(args.validation_data, names)), names
 
 
 def _class_names(path: Path, labels: Any, classes: int | None) -> tuple[str, ...]:
@@ -485,6 +483,7 @@ def settings_of(
     return {
         "config": {name: value for name, value in told.items() if name not in _WITHOUT_EFFECT},
         "classes": list(names.names),
+        "crop": training.crop,
         "training images": fingerprint(training),
         "validation images": fingerprint(validation),
         "backend": keras.backend.backend(),
@@ -510,7 +509,7 @@ def write_labels(folder: Path, names: Labels, replicas: Replicas) -> None:
     """Writes the classes in a form that all commands read."""
     import csv
 
-    from keras_effnet.training.files import whole
+    from keras_effnet.quantization.files import whole
 
     if not replicas.writes:
         return
@@ -545,16 +544,6 @@ def _build(
     for warning in caught:
         common.say(f"note: {common.one_line(warning.message)}")
     return model
-
-
-def copy_weights(source: keras.Model, target: keras.Model) -> None:
-    """Gives a model the weights of another one of the same layers."""
-    import keras
-
-    target.set_weights(source.get_weights())
-    for layer in target._flatten_layers(include_self=False):
-        if isinstance(layer, keras.layers.Normalization):
-            layer.finalize_state()  # It computes with copies of its weights.
 
 
 @contextlib.contextmanager
@@ -625,8 +614,8 @@ def finish(folder: Path, args: argparse.Namespace, result: Result) -> None:
     """Draws the curves, writes the figures and shows them."""
     from keras_effnet.export.report import package_versions
     from keras_effnet.plotting import png
+    from keras_effnet.quantization.files import whole, write_json
     from keras_effnet.training import draw_curves
-    from keras_effnet.training.files import whole
     from keras_effnet.training.loop import BEST, LAST
 
     with whole(folder / CURVES) as temporary:
@@ -638,8 +627,7 @@ def finish(folder: Path, args: argparse.Namespace, result: Result) -> None:
         "unreadable": result.unreadable,
         "versions": package_versions(),
     }
-    with whole(folder / FIGURES) as temporary:
-        temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / FIGURES, figures)
     print(f"\n{_table(result.history)}\n")
     if result.unreadable:
         common.warn(

@@ -18,9 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import json
-import logging
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +37,8 @@ if TYPE_CHECKING:
 
 FLOAT_FILE, PTQ_FILE, QAT_FILE = "float.tflite", "ptq.tflite", "qat.tflite"
 PTQ_MODEL, QAT_MODEL, REPORT = "ptq.keras", "qat.keras", "report.json"
-_LEARNING_RATE = 1e-4
-_EPOCHS, _DISTILLATION_EPOCHS = 5, 20
+# With labels; those of distillation are its own.
+_LEARNING_RATE, _EPOCHS = 1e-4, 5
 _FREEZE_AFTER = 0.3
 # Outputs of a softmax sum to 1; in float32 over 1000 classes to within this.
 _SUM_TOLERANCE = 1e-3
@@ -51,6 +49,12 @@ _OF_LABELS = {
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
+    "min_area": 0.35,
+    "rand_augment": 0,
+    "magnitude": 9.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "checkpoint_steps": 500,
 }
 
 
@@ -87,6 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     quantization.add_argument(
         "--corrections",
         metavar="LIST",
+        type=exporting.name_list,
         help="what is corrected before the training, separated by commas, as of export-tflite; or "
         "none (default: what usually helps)",
     )
@@ -107,21 +112,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         metavar="N",
         type=common.positive_int,
-        help=f"passes over the images (default: {_EPOCHS}; at most {_DISTILLATION_EPOCHS} with "
-        "--distill)",
+        help=f"passes over the images (default: {_EPOCHS}; at most 20 with --distill)",
     )
     training.add_argument(
         "--learning-rate",
         metavar="X",
         type=float,
-        default=_LEARNING_RATE,
-        help=f"the largest one (default: {_LEARNING_RATE:g})",
+        help=f"the largest one (default: {_LEARNING_RATE:g}; 3e-05 with --distill)",
     )
     training.add_argument(
         "--batch-size", metavar="N", type=common.positive_int, default=16, help="(default: 16)"
     )
     training.add_argument(
-        "--seed", metavar="N", type=int, default=0, help="of everything random (default: 0)"
+        "--seed",
+        metavar="N",
+        type=common.whole_number,
+        default=0,
+        help="of everything random (default: 0)",
     )
     labelled = parser.add_argument_group("training with labels")
     labelled.add_argument("--label-smoothing", metavar="X", type=float, help="(default: 0)")
@@ -151,11 +158,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of the features at the end of each stage, beside the classes (default: 0)",
     )
     train.add_running(parser)
-    parser.set_defaults(**_UNUSED)
-
-
-# What the arguments of `train` have and quantized training does not.
-_UNUSED: dict[str, Any] = {"mixed_precision": None}
+    # Whether one of them was given shows when it is checked.
+    parser.set_defaults(mixed_precision=None, **dict.fromkeys(_OF_LABELS))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -177,6 +181,7 @@ def run(args: argparse.Namespace) -> None:
                 "train-qat exports, which needs the TensorFlow backend: set "
                 f"KERAS_BACKEND=tensorflow. Received: {keras.backend.backend()}"
             )
+        from keras_effnet.export._console import loggers_muted
         from keras_effnet.export._optional import import_litert
         from keras_effnet.plotting import check_installed
 
@@ -189,7 +194,7 @@ def run(args: argparse.Namespace) -> None:
         QuantizationConfig,
         method=args.calibration_method,
         training_ranges=args.training_ranges,
-        **({} if args.corrections is None else {"corrections": exporting._names(args.corrections)}),
+        **({} if args.corrections is None else {"corrections": args.corrections}),
     )
     with common.stage("model", f"Building {args.model or args.keras_model} …", seconds):
         source = _open_model(args)
@@ -197,7 +202,9 @@ def run(args: argparse.Namespace) -> None:
     with common.stage("images", "Opening images …", seconds):
         calibration = job.open(args.calibration_data or args.train_data, args.calibration_samples)
         job.open_all()
-    folder = train.open_run(args, job.settings(), replicas=_ONE)
+    from keras_effnet.training import Replicas
+
+    folder = train.open_run(args, job.settings(), Replicas())
     quantized = _quantize(args, source, calibration, quantization, folder, seconds)
     with common.stage("training", "Training the quantized model …", seconds):
         figures = job.train(quantized, folder)
@@ -206,7 +213,8 @@ def run(args: argparse.Namespace) -> None:
     settle(quantized)
     with common.stage("export", "Exporting to TFLite …", seconds):
         _export(source.model, quantized, folder)
-    with common.stage("evaluation", "Evaluating in LiteRT …", seconds), _retracing_allowed():
+    # Each of several models is traced once or twice, which TensorFlow calls expensive.
+    with common.stage("evaluation", "Evaluating in LiteRT …", seconds), loggers_muted("tensorflow"):
         scores = _evaluate(source.model, folder, job)
     _report(args, folder, scores, figures, job, quantization, seconds)
 
@@ -257,7 +265,6 @@ def _check(args: argparse.Namespace) -> None:
     for name, default in _OF_LABELS.items():
         if getattr(args, name) is None:
             setattr(args, name, default)
-    args.epochs = args.epochs or (_DISTILLATION_EPOCHS if args.distill else _EPOCHS)
 
 
 def _open_model(args: argparse.Namespace) -> exporting.Source:
@@ -267,24 +274,17 @@ def _open_model(args: argparse.Namespace) -> exporting.Source:
 
     if args.model is not None:
         spec = get_spec(args.model)
-        model = exporting._create(args, spec, args.classes or 1000)
+        model = exporting.build_variant(args, spec, args.classes or 1000)
         return exporting.Source(model, spec.preprocessing, in_graph=True, labels=None)
     model = exporting.load_model(args.keras_model)
     if is_quantized(model):
         raise UsageError(
             f"{args.keras_model!r} is quantized already. Pass the float model that it was made of."
         )
-    spec = exporting._spec_of(model)
+    spec = exporting.spec_of(model)
     preprocessing = PreprocessingSpec() if spec is None else spec.preprocessing
     in_graph = spec is None or reads_pixels(model)
     return exporting.Source(model, preprocessing, in_graph, labels=None)
-
-
-class _OneProcess:
-    writes = True
-
-
-_ONE = _OneProcess()
 
 
 class _Job:
@@ -303,26 +303,13 @@ class _Job:
         self.seconds = seconds
         self.warnings: list[str] = []
 
-    def open(self, path: str, samples: int | None = None, *, labelled: bool = False) -> Any:
+    def open(self, path: str, samples: int | None = None) -> ImageDataset:
         """Opens images in the scale of the model's input."""
-        from keras_effnet.data import open_images, read_labels
+        from keras_effnet.data import read_labels
 
-        args, source = self.args, self.source
+        args = self.args
         labels = None if args.labels is None else common.checked(read_labels, args.labels)
-        images = open_images(
-            path,
-            source.size,
-            preprocessing=source.preprocessing,
-            in_graph_preprocessing=source.in_graph,
-            labels=labels,
-            classes=source.classes if labelled else None,
-            samples=samples,
-            seed=args.seed,
-            strict=args.strict,
-        )
-        for file, reason in images.skipped:
-            common.say(f"skipped {file}: {reason}")
-        return images
+        return exporting.open_images_of(path, samples, args, self.source, labels)
 
     def _told(self) -> dict[str, Any]:
         args = self.args
@@ -343,18 +330,17 @@ class _Job:
 class _Labelled(_Job):
     def open_all(self) -> None:
         args, source = self.args, self.source
-        transform = None if source.in_graph else source.preprocessing
         self.config = common.checked(train.make_config, args, [self._phase()])
         self.training, self.validation, self.names = train.open_images_of(
             args,
-            _Cropped(source.preprocessing),
+            source.preprocessing,
             source.size,
             classes=source.classes,
-            transform=transform,
+            in_graph=source.in_graph,
         )
         self.evaluation = None
         if args.evaluation_data is not None:
-            self.evaluation = self.open(args.evaluation_data, labelled=True)
+            self.evaluation = self.open(args.evaluation_data)
         else:
             self.warnings.append(
                 "The files were compared on the images by which the best state was chosen; pass "
@@ -363,7 +349,9 @@ class _Labelled(_Job):
 
     def _phase(self) -> dict[str, Any]:
         args = self.args
-        return {"name": "qat", "epochs": args.epochs, "learning_rate": args.learning_rate}
+        epochs = _EPOCHS if args.epochs is None else args.epochs
+        rate = _LEARNING_RATE if args.learning_rate is None else args.learning_rate
+        return {"name": "qat", "epochs": epochs, "learning_rate": rate}
 
     def settings(self) -> dict[str, Any]:
         return self._told() | train.settings_of(
@@ -378,7 +366,8 @@ class _Labelled(_Job):
         _check_probabilities(quantized, self.training)
         callbacks = []
         if args.training_ranges == "moving_average":
-            steps = args.epochs * (len(self.training) // args.batch_size)
+            (phase,) = self.config.phases
+            steps = phase.epochs * (len(self.training) // args.batch_size)
             share = args.freeze_ranges_after
             share = _FREEZE_AFTER if share is None else share
             callbacks.append(FreezeRanges(round(share * steps)))
@@ -414,7 +403,7 @@ class _Distilled(_Job):
         self.config: DistillationConfig = common.checked(self._config)
         self.training: ImageDataset = self.open(args.train_data)
         if args.evaluation_data is not None:
-            self.evaluation = self.open(args.evaluation_data, labelled=True)
+            self.evaluation = self.open(args.evaluation_data)
         else:
             self.evaluation = self.training
             self.warnings.append(
@@ -427,14 +416,14 @@ class _Distilled(_Job):
 
         args = self.args
         given = {
+            "epochs": args.epochs,
+            "learning_rate": args.learning_rate,
             "mode": args.distill_mode,
             "temperature": args.temperature,
             "feature_weight": args.feature_weight,
         }
         return DistillationConfig(
-            epochs=args.epochs,
             batch_size=args.batch_size,
-            learning_rate=args.learning_rate,
             flip=not args.no_flip,
             seed=args.seed,
             **{name: value for name, value in given.items() if value is not None},
@@ -451,9 +440,15 @@ class _Distilled(_Job):
 
         args = self.args
         images = exporting.Calibration(self.training, args.batch_size)
-        result: Distillation = distill(
-            self.source.model, quantized, images, self.config, verbose=False
-        )
+        # Keras shows progress on stdout, which is for results.
+        with contextlib.redirect_stdout(sys.stderr):
+            result: Distillation = distill(
+                self.source.model,
+                quantized,
+                images,
+                self.config,
+                verbose=1 if sys.stderr.isatty() else 2,
+            )
         common.say(
             f"  divergence from the float model on held-back images: {result.before:.4g} before, "
             f"{result.after:.4g} after {len(result.epochs)} epochs"
@@ -469,13 +464,6 @@ class _Distilled(_Job):
     @property
     def evaluated_on(self) -> str:
         return self.args.evaluation_data or self.args.train_data
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cropped:
-    """What is asked of a variant where a model of any kind takes its place."""
-
-    preprocessing: Any
 
 
 def _check_probabilities(model: keras.Model, images: Any) -> None:
@@ -513,7 +501,7 @@ def _quantize(
 ) -> keras.Model:
     """Calibrates, or takes what an earlier run calibrated."""
     from keras_effnet.quantization import quantize_model
-    from keras_effnet.training.files import whole
+    from keras_effnet.quantization.files import whole
 
     if args.resume:
         return exporting.load_model(str(folder / PTQ_MODEL))
@@ -527,7 +515,7 @@ def _quantize(
 
 def _export(model: keras.Model, quantized: keras.Model, folder: Path) -> None:
     from keras_effnet.export import to_tflite
-    from keras_effnet.training.files import whole
+    from keras_effnet.quantization.files import whole
 
     ptq = exporting.load_model(str(folder / PTQ_MODEL))
     to_tflite(model, folder / FLOAT_FILE, overwrite=True)
@@ -536,18 +524,6 @@ def _export(model: keras.Model, quantized: keras.Model, folder: Path) -> None:
     ptq.set_weights(quantized.get_weights())
     with whole(folder / QAT_MODEL) as temporary:
         ptq.save(temporary)
-
-
-@contextlib.contextmanager
-def _retracing_allowed() -> Iterator[None]:
-    """Each of several models is traced once or twice, which TensorFlow calls expensive."""
-    logger = logging.getLogger("tensorflow")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _evaluate(model: keras.Model, folder: Path, job: _Job) -> tuple[Scores, ...]:
@@ -571,7 +547,7 @@ def _report(
     seconds: dict[str, float],
 ) -> None:
     from keras_effnet.export.report import package_versions
-    from keras_effnet.training.files import whole
+    from keras_effnet.quantization.files import write_json
 
     files = (None, FLOAT_FILE, PTQ_FILE, QAT_FILE)
     rows = [
@@ -594,8 +570,7 @@ def _report(
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "versions": package_versions(),
     }
-    with whole(folder / REPORT) as temporary:
-        temporary.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / REPORT, report)
     print(f"\nOn {qat.images} images: {job.evaluated_on}\n{_table(rows)}\n")
     for text in job.warnings:
         common.warn(text)

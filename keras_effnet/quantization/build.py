@@ -106,6 +106,8 @@ def _apply(graph: Graph, node: Node, inputs: list, quantized: bool, batch_norm: 
 
 def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm: bool):
     kernel = node.weights["kernel"]
+    moments = "deviation" in node.weights and node.op != "dense"
+    normalized = quantized and batch_norm and moments
     if node.op == "dense":
         if quantized:
             layer = QuantizedDense(
@@ -133,7 +135,6 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm:
         else:
             kind = QuantizedConv2D if quantized else keras.layers.Conv2D
             arguments.update(filters=kernel.shape[3], groups=node.attrs["groups"])
-        normalized = quantized and batch_norm and "deviation" in node.weights
         if normalized:
             arguments["batch_norm"] = True
         layer = kind(**arguments)
@@ -142,7 +143,7 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm:
         source = tensor_params(graph, node.inputs[0])
         reach = 1.0 if source is None else max(-source.min, source.max)
         layer.set_real(kernel, node.weights["bias"], node.weights["limits"], reach)
-        if node.op != "dense" and normalized:
+        if normalized:
             layer.set_moments(node.weights["mean"], node.weights["deviation"])
     else:
         layer.kernel.assign(kernel)

@@ -17,6 +17,7 @@ from keras import ops
 
 from .build import RANGE_SUFFIX, build_model, in_float32
 from .calibration import calibration_batches
+from .checks import check_values
 from .folding import fold
 from .graph import Graph, read_model
 from .lowering import is_quantized, read_quantized
@@ -66,20 +67,18 @@ class DistillationConfig:
     seed: int = 0
 
     def __post_init__(self):
-        allowed = {
-            "mode": (self.mode in MODES, f"one of {MODES}"),
-            "epochs": (self.epochs >= 1, "at least 1"),
-            "batch_size": (self.batch_size >= 1, "at least 1"),
-            "learning_rate": (0 < self.learning_rate < np.inf, "positive"),
-            "temperature": (0 < self.temperature < np.inf, "positive"),
-            "feature_weight": (0 <= self.feature_weight < np.inf, "at least 0"),
-            "validation_share": (0 < self.validation_share < 1, "between 0 and 1"),
-            "patience": (self.patience >= 1, "at least 1"),
-            "shift": (self.shift >= 0, "at least 0"),
-        }
-        for name, (valid, what) in allowed.items():
-            if not valid:
-                raise ValueError(f"`{name}` must be {what}. Received: {getattr(self, name)!r}")
+        check_values(
+            self,
+            mode=(self.mode in MODES, f"one of {MODES}"),
+            epochs=(self.epochs >= 1, "at least 1"),
+            batch_size=(self.batch_size >= 1, "at least 1"),
+            learning_rate=(0 < self.learning_rate < np.inf, "positive"),
+            temperature=(0 < self.temperature < np.inf, "positive"),
+            feature_weight=(0 <= self.feature_weight < np.inf, "at least 0"),
+            validation_share=(0 < self.validation_share < 1, "between 0 and 1"),
+            patience=(self.patience >= 1, "at least 1"),
+            shift=(self.shift >= 0, "at least 0"),
+        )
 
 
 @dataclasses.dataclass
@@ -107,7 +106,7 @@ def distill(
     quantized_model: keras.Model,
     images: np.ndarray | Iterable,
     config: DistillationConfig | None = None,
-    verbose: bool = True,
+    verbose: bool | int = True,
 ) -> Distillation:
     """Trains a quantized model, in place, to predict what its float model predicts.
 
@@ -123,7 +122,7 @@ def distill(
             channels), or an iterable of batches. They are kept in memory, pixels in 8 bits. At
             least 2.
         config: How to distill; by default `DistillationConfig()`.
-        verbose: Whether to show progress.
+        verbose: Progress as in `fit`: 0 shows none, 1 a bar, 2 a line for each epoch.
 
     Returns:
         The divergences before, during and after.
@@ -253,7 +252,7 @@ class _Run:
         before, self.best = self._settled()
         self.result = Distillation(before, before)
 
-    def train(self, verbose: bool) -> Distillation:
+    def train(self, verbose: int) -> Distillation:
         """Trains, and leaves the best state in the model."""
         try:
             if self.config.mode == END_TO_END:

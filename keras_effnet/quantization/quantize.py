@@ -176,7 +176,7 @@ def quantize_model(
     if ranges is not None:
         check_ranges(graph, ranges, complete=calibration_data is None)
     _set_ranges(graph, statistics, config, pixels, ranges or {})
-    _set_kernel_limits(graph, config)
+    set_kernel_limits(graph, config.per_channel_head)
     remove_ties(graph, shared_ranges(graph))
     kernels = {node.name: node.weights["kernel"] for node in graph.kernel_nodes()}
     if learned:
@@ -256,13 +256,19 @@ def _input_params(statistics: TensorStatistics, pixels: bool) -> QuantParams:
     return QuantParams.from_range(*widen(low, high))
 
 
-def _set_kernel_limits(graph: Graph, config: QuantizationConfig) -> None:
+def set_kernel_limits(graph: Graph, per_channel_head: bool) -> None:
+    """Sets the limits of all kernels to the largest magnitudes of their channels, in place.
+
+    Args:
+        graph: The folded graph.
+        per_channel_head: Whether dense layers have one limit for each unit, or one in all.
+    """
     for node in graph.kernel_nodes():
         kernel = np.abs(node.weights["kernel"])
         if node.op == "dense":
-            node.attrs["per_channel"] = config.per_channel_head
+            node.attrs["per_channel"] = per_channel_head
             limits = kernel.max(axis=0)
-            limits = limits if config.per_channel_head else limits.max(keepdims=True)
+            limits = limits if per_channel_head else limits.max(keepdims=True)
         elif node.op == "depthwise":
             limits = kernel.max(axis=(0, 1, 3))
         else:

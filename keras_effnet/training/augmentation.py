@@ -38,15 +38,17 @@ def vary(
     preprocessing: PreprocessingSpec,
     config: AugmentationConfig,
     random: np.random.Generator,
+    crop: str = "published",
 ) -> np.ndarray:
     """Makes a training image of a photograph.
 
     Args:
         image: A Pillow image of any mode.
         size: `(height, width)` of the result in pixels.
-        preprocessing: Gives the interpolation, and the crop where none is drawn.
+        preprocessing: Gives the interpolation, and the padding of the published crop.
         config: What is done.
         random: Draws it.
+        crop: `"published"`, `"center"` or `"stretch"`, where none is drawn.
 
     Returns:
         uint8 array of shape `(height, width, 3)`, RGB.
@@ -61,7 +63,7 @@ def vary(
         box = _random_box(image.size, config.min_area, random)
         image = to_rgb(image).resize(size[::-1], resampling, box=box)
     else:
-        image = Image.fromarray(crop_and_resize(image, size, preprocessing))
+        image = Image.fromarray(crop_and_resize(image, size, preprocessing, crop))
     if config.flip and random.random() < 0.5:
         image = ImageOps.mirror(image)
     if config.rand_augment:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from keras_effnet.data import ImageDataset, _read_image
+from keras_effnet.data import ImageDataset, read_image
 from keras_effnet.preprocessing import crop_and_resize, preprocess
 from keras_effnet.specs import PreprocessingSpec
 from keras_effnet.training.augmentation import Mix, vary
@@ -100,7 +100,7 @@ class Images:
         index = int(self.indices[number])
         if self.dataset.paths is None:
             return Image.fromarray(self._pixels[index])
-        return _read_image(self.dataset.paths[index])
+        return read_image(self.dataset.paths[index])
 
     def split(self, share: float, seed: int) -> tuple[Images, Images]:
         """Divides the images, every class in the same proportion.
@@ -283,6 +283,7 @@ class TrainingBatches(_Reader):
                     self.images.preprocessing,
                     self.config.augmentation,
                     random,
+                    self.images.crop,
                 )
             except Exception as error:  # A broken file can fail anywhere inside a decoder.
                 self._note(self.images.name(number), error)

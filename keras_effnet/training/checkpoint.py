@@ -15,7 +15,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_effnet.training.files import whole
+from keras_effnet.quantization.files import whole
 
 _POSITION = "position"
 

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+
+from keras_effnet.quantization.checks import check_values
 
 MIXED_PRECISION = ("float16", "bfloat16")
 CLASS_WEIGHTS = ("none", "balanced")
 # Magnitudes of RandAugment, as in its paper.
 LARGEST_MAGNITUDE = 10
-
-
-def check_values(config: Any, **allowed: tuple[bool, str]) -> None:
-    """Raises ValueError for the first value of a config that is not allowed.
-
-    Args:
-        config: A dataclass.
-        **allowed: By field, whether its value is allowed, and what is.
-    """
-    for name, (valid, what) in allowed.items():
-        if not valid:
-            raise ValueError(f"`{name}` must be {what}. Received: {getattr(config, name)!r}")
 
 
 @dataclasses.dataclass(frozen=True)

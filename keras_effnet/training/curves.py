@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_effnet.training.files import whole
+from keras_effnet.quantization.files import whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from keras_effnet.quantization.files import PART, write_json
 from keras_effnet.training.batches import Images
-from keras_effnet.training.files import remove_parts, whole
 from keras_effnet.training.loop import CHECKPOINT
 
 SETTINGS = "run.json"
@@ -40,7 +40,7 @@ def open_folder(
     settings = json.loads(json.dumps(settings))
     if resume:
         _check_same(path, settings)
-        remove_parts(path)
+        _remove_parts(path)
         return
     if path.is_dir() and any(path.iterdir()) and not overwrite:
         what = "holds a run" if (path / SETTINGS).exists() else "is not empty"
@@ -49,11 +49,16 @@ def open_folder(
             "the run, or --overwrite to replace it."
         )
     path.mkdir(parents=True, exist_ok=True)
-    remove_parts(path)
+    _remove_parts(path)
     # The checkpoint of another run must not be resumed under these settings.
     (path / CHECKPOINT).unlink(missing_ok=True)
-    with whole(path / SETTINGS) as temporary:
-        temporary.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(path / SETTINGS, settings)
+
+
+def _remove_parts(path: Path) -> None:
+    """Removes what a killed process left half-written."""
+    for part in path.glob(f"{PART}*"):
+        part.unlink(missing_ok=True)
 
 
 def _check_same(path: Path, settings: dict[str, Any]) -> None:

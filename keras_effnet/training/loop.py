@@ -12,7 +12,9 @@ from typing import Any
 
 import keras
 
+from keras_effnet.builder import deep_graphs
 from keras_effnet.models import freeze, freeze_batch_norms
+from keras_effnet.quantization.files import whole
 from keras_effnet.training.batches import EvaluationBatches, Images, TrainingBatches
 from keras_effnet.training.checkpoint import (
     Position,
@@ -22,9 +24,9 @@ from keras_effnet.training.checkpoint import (
     save_checkpoint,
 )
 from keras_effnet.training.config import Phase, TrainingConfig
-from keras_effnet.training.files import whole
 from keras_effnet.training.interruption import Interruption, interruptible
 from keras_effnet.training.replicas import Replicas
+from keras_effnet.weights import finalize_normalization
 
 CHECKPOINT, BEST, LAST = "checkpoint.npz", "best.keras", "last.keras"
 
@@ -285,10 +287,8 @@ class _Run:
         if not self.replicas.writes:
             return
         self.saved_as.set_weights(weights)
-        for layer in self.saved_as._flatten_layers(include_self=False):
-            if isinstance(layer, keras.layers.Normalization):
-                layer.finalize_state()  # It computes with copies of its weights.
-        with whole(self.folder / name) as temporary:
+        finalize_normalization(self.saved_as)
+        with whole(self.folder / name) as temporary, deep_graphs():
             self.saved_as.save(temporary)
 
     def _fail(self, phase: Phase, step: int, loss: float) -> None:

@@ -75,6 +75,8 @@ def report_of(tmp_path):
         ({"temperature": 2}, "--temperature belongs to --distill"),
         ({"distill": True, "ema": 0.9}, "--ema belongs to training with labels"),
         ({"distill": True, "resume": True}, "--resume belongs to training with labels"),
+        ({"distill": True, "rand_augment": 2}, "--rand-augment belongs to training with labels"),
+        ({"distill": True, "min_area": 0.5}, "--min-area belongs to training with labels"),
         (
             {"distill": True, "training_ranges": "moving_average"},
             "--distill freezes no moving averages",
@@ -183,21 +185,24 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
     found = []
 
     def distill(model, quantized, images, config, verbose):
-        found.append((config, sum(len(batch) for batch in images)))
+        found.append((config, sum(len(batch) for batch in images), verbose))
+        print("shown")
         raise RuntimeError("stop")
 
     monkeypatch.setattr("keras_effnet.quantization.distill", distill)
     given = {"temperature": 3, "feature_weight": 0.5, "distill_mode": "block_wise", "seed": 4}
     assert run(distill=True, no_flip=True, corrections="none", **given) == 1
-    assert "stop" in error_of(capsys)
+    out, err = capsys.readouterr()
+    # Progress is shown, beside the results: a line for each epoch where there is no terminal.
+    assert "stop" in err and "shown" in err and out == ""
     expected = DistillationConfig(
         mode="block_wise",
         epochs=2,
         batch_size=4,
-        learning_rate=1e-4,
+        learning_rate=DistillationConfig().learning_rate,
         temperature=3,
         feature_weight=0.5,
         flip=False,
         seed=4,
     )
-    assert found == [(expected, 12)]
+    assert found == [(expected, 12, 2)]

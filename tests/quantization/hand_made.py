@@ -64,6 +64,13 @@ def network(x):
     return layers.Dense(6, activation="softmax")(layers.GlobalAveragePooling2D()(x))
 
 
+def copy_of(model):
+    """A model of the same layers and weights."""
+    copy = keras.models.clone_model(model)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
 def folded(model, **arguments):
     """The folded graph of a model."""
     return fold(read_model(model, **arguments))

@@ -3,7 +3,15 @@
 import keras
 import numpy as np
 import pytest
-from hand_made import folded, functional, integers_of_file, integers_of_model, network, pixels
+from hand_made import (
+    copy_of,
+    folded,
+    functional,
+    integers_of_file,
+    integers_of_model,
+    network,
+    pixels,
+)
 
 from keras_effnet.quantization import (
     DistillationConfig,
@@ -23,12 +31,6 @@ FAST = {"learning_rate": 1e-2, "shift": 1, "batch_size": 8}
 @pytest.fixture
 def student(tiny_quantized):
     return disturbed(tiny_quantized)
-
-
-def copy_of(model):
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def disturbed(model):

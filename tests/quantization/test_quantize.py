@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hand_made import predict
+from hand_made import copy_of, predict
 
 from keras_effnet.export import TFLiteRunner
 from keras_effnet.export.int8_tflite import convert_quantized
@@ -51,8 +51,7 @@ def test_the_file_computes_what_the_model_predicts(tiny_quantized, tiny_images, 
     assert np.ptp(expected) > 4 * STEP, "a constant output would prove nothing"
     assert abs(outputs - expected).max() <= OUTPUT_TOLERANCE
     # The check can fail: other kernels give another file.
-    changed = keras.models.clone_model(quantized)
-    changed.set_weights(quantized.get_weights())
+    changed = copy_of(quantized)
     for layer in changed.layers:
         if isinstance(layer, QUANTIZED_KERNELS):
             layer.kernel.assign(np.flip(layer.kernel, axis=-1))
@@ -70,8 +69,7 @@ def test_saved_and_loaded_it_predicts_the_same(tiny_quantized, tiny_images, tmp_
 
 
 def test_ranges_that_were_moved_are_saved(tiny_quantized, tiny_images, tmp_path):
-    moved = keras.models.clone_model(tiny_quantized)
-    moved.set_weights(tiny_quantized.get_weights())
+    moved = copy_of(tiny_quantized)
     for layer in moved.layers:
         if isinstance(layer, FakeQuant) and not layer.fixed:
             low, high = layer.real_range()

@@ -579,6 +579,9 @@ def test_what_the_engine_cannot_do(small, images):
     learned = dataclasses.replace(CONFIG, training_ranges="learned")
     with pytest.raises(ValueError, match="does not learn ranges by gradient"):
         tfmot.quantize_model(small, images, learned, verbose=False)
+    trained = dataclasses.replace(CONFIG, batch_norm="trained")
+    with pytest.raises(ValueError, match="trains with folded batch norms"):
+        tfmot.quantize_model(small, images, trained, verbose=False)
     with pytest.raises(ValueError, match="'learned_rounding' makes zeros"):
         tfmot.quantize_model(small, images, FULL, verbose=False, preserve_sparsity=True)
 

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hand_made import functional, integers_of_file, integers_of_model, layers, pixels
+from hand_made import copy_of, functional, integers_of_file, integers_of_model, layers, pixels
 
 from keras_effnet.quantization import (
     FreezeBatchNorms,
@@ -48,12 +48,6 @@ def quantized():
         return copy_of(made[ranges])
 
     return make
-
-
-def copy_of(model):
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    return copy
 
 
 def compiled(model, rate=1e-2, **arguments):

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from keras_effnet.preprocessing import crop_and_resize
 from keras_effnet.specs import PreprocessingSpec
 from keras_effnet.training import OPERATIONS, AugmentationConfig, Mix, rand_augment, vary
 from keras_effnet.training.augmentation import apply
@@ -71,9 +72,13 @@ def test_an_image_is_a_function_of_its_generator(image):
     assert np.any(draw(image, config, 1, 2) != draw(image, config, 1, 3))
 
 
-def test_without_anything_random_it_is_the_evaluation_crop(image):
+def test_without_a_random_crop_it_is_that_of_the_evaluation(image):
     still = AugmentationConfig(min_area=1, flip=False)
-    np.testing.assert_array_equal(draw(image, still, 1), draw(image, still, 2))
+    random = np.random.default_rng(0)
+    for crop in ("published", "center", "stretch"):
+        found = vary(image, (16, 16), SPEC, still, random, crop)
+        np.testing.assert_array_equal(found, crop_and_resize(image, (16, 16), SPEC, crop))
+    assert np.any(found != vary(image, (16, 16), SPEC, still, random))
 
 
 def test_a_flip_mirrors(image):

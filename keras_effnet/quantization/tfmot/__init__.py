@@ -23,7 +23,7 @@ import numpy as np
 
 from .. import quantize
 from ..fake_quant import LEARNED
-from ..quantize import QuantizationConfig
+from ..quantize import TRAINED, QuantizationConfig
 from ..ranges_file import TensorRange
 from ._packages import import_tfmot
 
@@ -146,6 +146,11 @@ def _check(config: QuantizationConfig, preserve_sparsity: bool) -> None:
         raise ValueError(
             "The engine 'tfmot' does not learn ranges by gradient: use training_ranges=\"fixed\" "
             f'or "moving_average". Received: {config.training_ranges!r}'
+        )
+    if config.batch_norm == TRAINED:
+        raise ValueError(
+            "The engine 'tfmot' trains with folded batch norms: use batch_norm=\"folded\", or the "
+            f"native engine. Received: {config.batch_norm!r}"
         )
     if preserve_sparsity and "learned_rounding" in config.corrections:
         raise ValueError(

@@ -34,6 +34,7 @@ from ..folding import fold
 from ..graph import functional_of, read_model
 from ..lowering import QuantizedReader, is_quantized, read_quantized
 from ..params import PIXELS, QuantParams, widen
+from ..quantize import set_kernel_limits
 from ..scheme import FIXED, OUTPUT_RULES, SAME, expects_pixels, fixed_params, needs_range
 from . import layers
 from .quantizers import KERNELS, InputQuantizer, LayerConfig, Quantized, TensorQuantizer
@@ -408,14 +409,7 @@ def fold_and_wrap(model: tf_keras.Model, preserve_sparsity: bool) -> tf_keras.Mo
             node.params = fixed_params(graph, node)
         else:
             node.params = PIXELS if node.op == "input" and pixels else _UNSEEN
-    for node in graph.kernel_nodes():
-        kernel = np.abs(node.weights["kernel"])
-        axes = (0, 1, 3) if node.op == "depthwise" else tuple(range(kernel.ndim - 1))
-        limits = kernel.max(axis=axes)
-        if node.op == "dense":
-            node.attrs["per_channel"] = False
-            limits = limits.max(keepdims=True)
-        node.weights["limits"] = np.where(limits > 0, limits, 1.0).astype(np.float32)
+    set_kernel_limits(graph, per_channel_head=False)
     quantized = build_model(graph, quantized=True, training_ranges=MOVING_AVERAGE)
     return to_twin(quantized, preserve_sparsity)
 
