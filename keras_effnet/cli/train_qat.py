@@ -3,8 +3,9 @@
 The float model is calibrated and quantized (PTQ: post-training quantization); then the quantized
 model is trained, with labels, or by --distill from the float model without any (QAT:
 quantization-aware training). All three are exported as TFLite files and run in LiteRT on the same
-images. Training with labels leaves a checkpoint on Ctrl-C; the same command with --resume goes on
-from it. Ctrl-C during --distill exports the best state so far. Runs on TensorFlow, which exports.
+images. Ctrl-C leaves a checkpoint; during --distill, one of the last whole epoch, and the best
+state so far is exported. The same command with --resume goes on from it, as it does after a crash.
+Runs on TensorFlow, which exports.
 
 examples:
   keras-effnet train-qat --keras-model run/best.keras --train-data photos/train \\
@@ -247,7 +248,7 @@ def _check(args: argparse.Namespace) -> None:
                 f"--freeze-ranges-after is in 0..1. Received: {args.freeze_ranges_after:g}"
             )
     wrong = {
-        True: (*_OF_LABELS, "resume", "tensorboard", "validation_data", "validation_share"),
+        True: (*_OF_LABELS, "tensorboard", "validation_data", "validation_share"),
         False: ("distill_mode", "temperature", "feature_weight"),
     }[args.distill]
     for name in wrong:
@@ -437,6 +438,7 @@ class _Distilled(_Job):
 
     def train(self, quantized: keras.Model, folder: Path) -> dict[str, Any]:
         from keras_effnet.quantization import distill
+        from keras_effnet.training.loop import CHECKPOINT
 
         args = self.args
         images = exporting.Calibration(self.training, args.batch_size)
@@ -448,13 +450,17 @@ class _Distilled(_Job):
                 images,
                 self.config,
                 verbose=1 if sys.stderr.isatty() else 2,
+                checkpoint=folder / CHECKPOINT,
             )
         common.say(
             f"  divergence from the float model on held-back images: {result.before:.4g} before, "
             f"{result.after:.4g} after {len(result.epochs)} epochs"
         )
         if result.interrupted:
-            common.say("Interrupted: the best state so far is exported.")
+            common.say(
+                "Interrupted: the best state so far is exported. The same command with --resume "
+                "goes on."
+            )
         return {"distillation": dataclasses.asdict(result)}
 
     def batches(self) -> Any:

@@ -9,7 +9,10 @@ learns to give the float model's features from what the quantized blocks before 
 
 import contextlib
 import dataclasses
+import hashlib
+import os
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,6 +21,7 @@ from keras import ops
 from .build import RANGE_SUFFIX, build_model, in_float32
 from .calibration import calibration_batches
 from .checks import check_values
+from .files import read_state, write_state
 from .folding import fold
 from .graph import Graph, read_model
 from .lowering import is_quantized, read_quantized
@@ -107,12 +111,16 @@ def distill(
     images: np.ndarray | Iterable,
     config: DistillationConfig | None = None,
     verbose: bool | int = True,
+    checkpoint: str | os.PathLike | None = None,
 ) -> Distillation:
     """Trains a quantized model, in place, to predict what its float model predicts.
 
     After every epoch the settled model (`settle`) is measured on held-back images, and the best
     state is kept, that of the start included: it never gets worse on them. Ctrl-C ends the training
     and keeps the best state so far.
+
+    With a `checkpoint`, the same call goes on where an earlier one, killed or interrupted, ended
+    its last epoch, and reaches the same weights bit for bit where the backend repeats itself.
 
     Args:
         float_model: The teacher: the model that was quantized, or another one with the same input
@@ -123,6 +131,9 @@ def distill(
             least 2.
         config: How to distill; by default `DistillationConfig()`.
         verbose: Progress as in `fit`: 0 shows none, 1 a bar, 2 a line for each epoch.
+        checkpoint: File to keep the state in after every epoch (about five times the weights).
+            If it exists, the distillation that it is of goes on: `quantized_model` must be as it
+            was when that one began. By default nothing is written.
 
     Returns:
         The divergences before, during and after.
@@ -130,8 +141,10 @@ def distill(
     Raises:
         TypeError: If a model is no Functional model, or the images are of the wrong type.
         ValueError: If a model is of the wrong kind, the shapes differ, the models have no common
-            features, the images are unusable or too few, or the loss is not finite (the best state
-            is restored and the step named).
+            features, the images are unusable or too few, the loss is not finite (the best state
+            is restored and the step named), or the checkpoint is damaged or of a distillation of
+            other models, images or settings (they are named).
+        OSError: If the checkpoint cannot be written.
     """
     config = DistillationConfig() if config is None else config
     require_quantized(quantized_model, "`quantized_model` of `distill`")
@@ -149,7 +162,14 @@ def distill(
     rng = np.random.default_rng(config.seed)
     order = rng.permutation(len(images))
     held = min(len(images) - 1, max(1, round(config.validation_share * len(images))))
+    begun = {
+        "config": dataclasses.asdict(config),
+        "float_model": _fingerprint(*float_model.get_weights()),
+        "quantized_model": _fingerprint(*quantized_model.get_weights()),
+        "images": _fingerprint(images),
+    }
     run = _Run(teacher, student, quantized_model, images, order[:held], order[held:], config, rng)
+    run.keep_in(checkpoint, begun)
     with _without_dropout(quantized_model):
         return run.train(verbose)
 
@@ -161,6 +181,13 @@ def _check_shapes(float_model, quantized_model):
             "The models must have equal input and output shapes. Received: "
             f"{shapes[0]} (float) and {shapes[1]} (quantized); pass the pair of one quantization."
         )
+
+
+def _fingerprint(*arrays) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
 
 
 def _compact(batch):
@@ -251,6 +278,52 @@ class _Run:
         self.measure = self._divergence(1.0) if self.wanted.ndim == 2 else _relative_error
         before, self.best = self._settled()
         self.result = Distillation(before, before)
+        # Finished blocks; finished epochs of the block after them, and those without improvement.
+        self.position = {"block": 0, "epoch": 0, "waited": 0}
+        self.checkpoint = None
+        self.optimizer_state: list[np.ndarray] = []
+
+    def keep_in(self, path: str | os.PathLike | None, begun: dict[str, Any]) -> None:
+        """Names the file of the state, and goes on with the state in it."""
+        self.checkpoint, self.begun = path, begun
+        if path is None:
+            return
+        if not os.path.exists(path):
+            self._save()
+            return
+        arrays, facts = read_state(path)
+        wrong = [key for key in begun if facts.get("begun", {}).get(key) != begun[key]]
+        if wrong:
+            raise ValueError(
+                f"The checkpoint {str(path)!r} belongs to a distillation with another "
+                f"{', '.join(wrong)}. Go on with the same, or name another file."
+            )
+        count = len(self.best)
+        self.used, weights, self.best = (
+            arrays[0],
+            arrays[1 : count + 1],
+            arrays[count + 1 :][:count],
+        )
+        self.optimizer_state = arrays[2 * count + 1 :]
+        self.model.set_weights(weights)
+        self.position = facts["position"]
+        self.result = Distillation(**facts["result"])
+        self.rng.bit_generator.state = facts["random"]
+
+    def _save(self, trainer=None):
+        """Writes the state: of the optimizer too, in the middle of a block."""
+        if self.checkpoint is None:
+            return
+        optimizer = [] if trainer is None else trainer.optimizer.variables
+        arrays = [self.used, *self.model.get_weights(), *self.best]
+        facts = {
+            "begun": self.begun,
+            "position": self.position,
+            "result": dataclasses.asdict(self.result),
+            "random": self.rng.bit_generator.state,
+        }
+        arrays += [ops.convert_to_numpy(variable) for variable in optimizer]
+        write_state(self.checkpoint, arrays, facts)
 
     def train(self, verbose: int) -> Distillation:
         """Trains, and leaves the best state in the model."""
@@ -276,31 +349,36 @@ class _Run:
         losses += [_relative_error] * len(ends)
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
         self._compile(trainer, losses, weights)
-        waited = 0
-        for _ in range(config.epochs):
+        position = self.position
+        while position["epoch"] < config.epochs and position["waited"] < config.patience:
             self._epoch(verbose, trainer, lambda batch: batch, teacher)
-            waited = 0 if self._keep_if_better() else waited + 1
-            if waited >= config.patience:
-                break
+            position["waited"] = 0 if self._keep_if_better() else position["waited"] + 1
+            position["epoch"] += 1
+            self._save(trainer)
 
     def _block_wise(self, verbose):
-        start = None
-        for end in (*self.boundaries, None):
+        position, ends = self.position, (*self.boundaries, None)
+        for block in range(position["block"], len(ends)):
+            start, end = ends[block - 1] if block else None, ends[block]
             name, own = (end, end) if end else self.names
             output = self._tensor(own)
             if start is None:
-                block = keras.Model(self.model.inputs[0], output)
+                trainer = keras.Model(self.model.inputs[0], output)
                 entering = lambda batch: batch  # noqa: E731
             else:
-                block = keras.Model(self._tensor(start), output)
+                trainer = keras.Model(self._tensor(start), output)
                 entering = keras.Model(self.model.inputs[0], self._tensor(start)).predict_on_batch
-            self._compile(block, [_relative_error], [1.0])
+            self._compile(trainer, [_relative_error], [1.0])
             teacher = self._observed([name])
-            for _ in range(self.config.epochs):
-                self._epoch(verbose, block, entering, teacher)
+            while position["epoch"] < self.config.epochs:
+                self._epoch(verbose, trainer, entering, teacher)
+                position["epoch"] += 1
+                if position["epoch"] < self.config.epochs:
+                    self._save(trainer)
             if not self._keep_if_better():
                 self.model.set_weights(self.best)
-            start = end
+            position.update(block=block + 1, epoch=0)
+            self._save()
 
     def _compile(self, trainer, losses, weights):
         config = self.config
@@ -318,6 +396,13 @@ class _Run:
             # XLA would compile for longer than a short distillation takes.
             jit_compile=False if keras.backend.backend() == "tensorflow" else "auto",
         )
+        if self.optimizer_state:
+            trainer.optimizer.build(trainer.trainable_variables)
+            for variable, value in zip(
+                trainer.optimizer.variables, self.optimizer_state, strict=True
+            ):
+                variable.assign(value)
+            self.optimizer_state = []
 
     def _epoch(self, verbose, trainer, entering, teacher):
         config, epoch = self.config, len(self.result.epochs) + 1

@@ -1,23 +1,19 @@
 """Checkpoints: everything that a training needs to go on as if it had never stopped.
 
 One file holds the variables of model and optimizer, the seeds of dropout among them, and the
-position. What else is random is a function of the position. There is one file, so that its parts
-always belong together.
+position. What else is random is a function of the position.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_effnet.quantization.files import whole
-
-_POSITION = "position"
+from keras_effnet.quantization.files import read_state, write_state
 
 
 @dataclasses.dataclass
@@ -62,15 +58,9 @@ def save_checkpoint(path: Path, model: keras.Model, position: Position, write: b
     Raises:
         OSError: If it cannot be written; an earlier checkpoint is left as it was.
     """
-    arrays = {
-        f"{index:05}": keras.ops.convert_to_numpy(variable)
-        for index, variable in enumerate(_variables(model))
-    }
-    if not write:
-        return
-    arrays[_POSITION] = np.array(json.dumps(dataclasses.asdict(position)))
-    with whole(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, **arrays)
+    arrays = [keras.ops.convert_to_numpy(variable) for variable in _variables(model)]
+    if write:
+        write_state(path, arrays, dataclasses.asdict(position))
 
 
 def read_position(path: Path) -> Position:
@@ -80,7 +70,8 @@ def read_position(path: Path) -> Position:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If the file is none.
     """
-    return Position(**json.loads(str(_read(path)[_POSITION])))
+    _, position = read_state(path)
+    return Position(**position)
 
 
 def restore_checkpoint(path: Path, model: keras.Model) -> None:
@@ -94,9 +85,8 @@ def restore_checkpoint(path: Path, model: keras.Model) -> None:
         FileNotFoundError: If there is no checkpoint.
         ValueError: If the file is none, or belongs to another model.
     """
-    arrays, variables = _read(path), _variables(model)
-    names = [f"{index:05}" for index in range(len(variables))]
-    saved = [arrays[name].shape for name in sorted(arrays) if name != _POSITION]
+    (arrays, _), variables = read_state(path), _variables(model)
+    saved = [array.shape for array in arrays]
     expected = [tuple(variable.shape) for variable in variables]
     if saved != expected:
         raise ValueError(
@@ -104,21 +94,8 @@ def restore_checkpoint(path: Path, model: keras.Model) -> None:
             f"{len(saved)} variables, this training has {len(expected)}"
             + ("." if len(saved) != len(expected) else ", of other shapes.")
         )
-    for name, variable in zip(names, variables, strict=True):
-        variable.assign(arrays[name])
-
-
-def _read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no checkpoint {str(path)!r} to resume from.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
-    except Exception as error:  # A broken archive can fail anywhere inside zipfile.
-        raise ValueError(f"{str(path)!r} is no checkpoint: {error}") from error
-    if _POSITION not in arrays:
-        raise ValueError(f"{str(path)!r} is no checkpoint: it holds no position.")
-    return arrays
+    for variable, array in zip(variables, arrays, strict=True):
+        variable.assign(array)
 
 
 def _variables(model: keras.Model) -> list[Any]:

@@ -8,7 +8,12 @@ import pytest
 
 from keras_effnet.cli import main
 from keras_effnet.export import TFLiteRunner, read_tflite
-from keras_effnet.quantization import DistillationConfig, is_quantized, quantize_model
+from keras_effnet.quantization import (
+    DistillationConfig,
+    distillation,
+    is_quantized,
+    quantize_model,
+)
 from keras_effnet.training.loop import CHECKPOINT
 
 
@@ -74,7 +79,7 @@ def report_of(tmp_path):
         ({"evaluation_data": "none"}, "--evaluation-data: there is no 'none'"),
         ({"temperature": 2}, "--temperature belongs to --distill"),
         ({"distill": True, "ema": 0.9}, "--ema belongs to training with labels"),
-        ({"distill": True, "resume": True}, "--resume belongs to training with labels"),
+        ({"distill": True, "validation_share": 0.5}, "--validation-share belongs to training with"),
         ({"distill": True, "rand_augment": 2}, "--rand-augment belongs to training with labels"),
         ({"distill": True, "min_area": 0.5}, "--min-area belongs to training with labels"),
         (
@@ -167,7 +172,7 @@ def test_training_with_labels_resumes_and_reports_three_forms(
 
 
 @pytest.mark.slow
-def test_distillation_needs_no_labels(run, photographs, tmp_path, capsys):
+def test_distillation_needs_no_labels_and_resumes(run, photographs, tmp_path, capsys, monkeypatch):
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()
     for path in photographs.rglob("*.jpg"):
@@ -179,12 +184,31 @@ def test_distillation_needs_no_labels(run, photographs, tmp_path, capsys):
     assert [row["top1"] for row in report["rows"]] == [None] * 4
     assert "compared on the training images" in report["warnings"][0]
     assert "divergence from the float model" in capsys.readouterr().err
+    shutil.move(tmp_path / "qat", tmp_path / "whole")
+
+    epoch, calls = distillation._Run._epoch, []
+
+    def interrupted(self, *args):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        epoch(self, *args)
+
+    monkeypatch.setattr(distillation._Run, "_epoch", interrupted)
+    given = {"train_data": unlabelled, "distill": True, "learning_rate": 1e-3}
+    assert run(**given) == 0
+    assert "with --resume goes on" in capsys.readouterr().err
+    assert report_of(tmp_path)["training"]["distillation"]["interrupted"]
+    assert run(**given, resume=True) == 0
+    assert report_of(tmp_path)["training"]["distillation"] == told
+    files = [(tmp_path / name / "qat.tflite").read_bytes() for name in ("whole", "qat")]
+    assert files[0] == files[1]
 
 
 def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys):
     found = []
 
-    def distill(model, quantized, images, config, verbose):
+    def distill(model, quantized, images, config, verbose, checkpoint):
         found.append((config, sum(len(batch) for batch in images), verbose))
         print("shown")
         raise RuntimeError("stop")

@@ -17,6 +17,7 @@ from keras_effnet.quantization import (
     DistillationConfig,
     QuantizationConfig,
     distill,
+    distillation,
     quantize_model,
     settle,
 )
@@ -203,6 +204,56 @@ def test_an_interrupt_keeps_the_best_state(tiny, tiny_quantized, tiny_images, mo
     assert result.interrupted and result.kept == 0
     for a, b in zip(start, student.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "stops"),
+    [
+        pytest.param({"epochs": 4, "patience": 9}, 3, id="end_to_end"),
+        # One epoch into the second of several blocks.
+        pytest.param({"epochs": 2, "mode": "block_wise"}, 4, id="block_wise"),
+    ],
+)
+def test_a_killed_distillation_goes_on_to_the_same_weights(
+    options, stops, tiny, student, tiny_images, tmp_path, monkeypatch
+):
+    config = DistillationConfig(**{**FAST, **options})
+    whole, path = copy_of(student), tmp_path / "checkpoint.npz"
+    expected = distill(tiny, whole, tiny_images, config, verbose=False)
+
+    begun = copy_of(student)
+    epoch, calls = distillation._Run._epoch, []
+
+    def killed(self, *args):
+        calls.append(args)
+        if len(calls) == stops:
+            raise SystemExit
+        epoch(self, *args)
+
+    monkeypatch.setattr(distillation._Run, "_epoch", killed)
+    with pytest.raises(SystemExit):
+        distill(tiny, begun, tiny_images, config, verbose=False, checkpoint=path)
+    assert len(calls) == stops
+    resumed = copy_of(student)
+    result = distill(tiny, resumed, tiny_images, config, verbose=False, checkpoint=path)
+    assert result == expected
+    for got, wanted in zip(resumed.get_weights(), whole.get_weights(), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+    # It is finished: nothing is trained again.
+    calls.clear()
+    again = copy_of(student)
+    assert distill(tiny, again, tiny_images, config, verbose=False, checkpoint=path) == expected
+    assert not calls
+    np.testing.assert_array_equal(again.get_weights()[0], whole.get_weights()[0])
+
+    other = DistillationConfig(**{**FAST, **options, "seed": 1})
+    with pytest.raises(ValueError, match="belongs to a distillation with another config"):
+        distill(tiny, copy_of(student), tiny_images, other, verbose=False, checkpoint=path)
+    with pytest.raises(ValueError, match="another quantized_model, images"):
+        distill(tiny, resumed, tiny_images[1:], config, verbose=False, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is no checkpoint"):
+        distill(tiny, copy_of(student), tiny_images, config, verbose=False, checkpoint=path)
 
 
 def test_settled_models_stay_settled(tiny, student, tiny_images):
