@@ -12,14 +12,24 @@ import re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Concatenate, ParamSpec
 
 import keras
 
 from .builder import FEATURE_LEVELS, build, classifier, deep_graphs, feature_layers
+from .conversion import fetch_converted
 from .scaling import COMPOUND
 from .specs import SPECS, ModelSpec, get_spec
-from .weights import check_spec, finalize_normalization, load_weights, locate_weights
+from .weights import (
+    check_spec,
+    finalize_normalization,
+    find_source,
+    load_weights,
+    locate_weights,
+    read_spec,
+    weights_names,
+)
 
 Weights = str | os.PathLike | None
 _P = ParamSpec("_P")
@@ -30,11 +40,14 @@ _SE_LAYERS = tuple(f"*{suffix}" for suffix in _SE_SUFFIXES)
 _ARGUMENTS = """
     Args:
         include_top: Whether pooling, dropout and the classifier follow the last convolution.
-        weights: `"imagenet"` (the official file, fetched once into Keras' cache and verified),
-            the path of a `.h5`, `.weights.h5` or `.keras` file, or None for random weights. The
-            graph is the same whatever the weights. A file with another number of classes leaves
-            the classifier random, with a warning. `list_weights` tells what there is; files of
-            TensorFlow and PyTorch are converted by `convert_weights` first.
+        weights: Name of an official training: `"imagenet"`, or such as `"noisy-student"`,
+            `"advprop"`, `"autoaugment"` and `"imagenet21k"` (21,843 classes), which `list_weights`
+            lists for each variant. The file is fetched once into Keras' cache and verified; a
+            checkpoint of the authors is converted there, which needs TensorFlow, and AdvProp's
+            bring their own preprocessing. Or the path of a `.h5`, `.weights.h5` or `.keras` file,
+            or None for random weights. A file with another number of classes leaves the
+            classifier random, with a warning. Files of TensorFlow and PyTorch are converted by
+            `convert_weights` first.
         input_tensor: Keras tensor to build upon, or None for a new input.
         input_shape: `(height, width, channels)`, or channels first; by default the variant's
             resolution and 3 channels. Without a top, height and width may be None, and are so
@@ -115,7 +128,7 @@ def create_model(
             )
         include_top = False
     # Found, or fetched, before the model is built, so that a wrong path costs no time.
-    path = None if weights is None else locate_weights(spec, weights, include_top)
+    spec, path = locate(spec, weights, include_top)
     if path is not None:
         check_spec(spec, path, include_preprocessing)
     result = build(
@@ -161,6 +174,33 @@ create_model.__doc__ = """Builds a variant by its name, by a spec, or by phi.
 
 EfficientNet = create_model
 """The same under the name that users of keras.applications look for."""
+
+
+def locate(
+    spec: ModelSpec, weights: Weights, include_top: bool = True
+) -> tuple[ModelSpec, Path | None]:
+    """What the argument `weights` of a constructor means.
+
+    Args:
+        spec: The variant.
+        weights: Name of an official training, which is fetched and, if need be, converted; the
+            path of a file; or None.
+        include_top: Of the official file.
+
+    Returns:
+        The spec with the preprocessing that official weights need, and an existing file or None.
+
+    Raises:
+        ValueError: If `weights` is none of these.
+        WeightsDownloadError: If the official file cannot be fetched.
+    """
+    if weights is None:
+        return spec, None
+    official = isinstance(weights, str) and weights in weights_names()
+    if official and find_source(spec, weights, include_top).is_checkpoint:
+        path = fetch_converted(spec, weights)
+        return replace(spec, preprocessing=read_spec(path).preprocessing), path
+    return spec, locate_weights(spec, weights, include_top)
 
 
 def _spec(model: str | ModelSpec | float) -> ModelSpec:

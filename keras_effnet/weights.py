@@ -10,12 +10,14 @@ as such, and one error lists everything that does not fit.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import io
 import json
 import os
 import re
 import tempfile
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,6 +44,7 @@ SPEC_MEMBER = "keras_effnet.json"
 
 _LISTED = 20  # Entries of each kind that an error message spells out.
 _HASH_BLOCK = 1 << 20
+_SECONDS_TO_ANSWER = 60
 # The largest tensor of the family (L2) has 45 MB; a file that declares more is not ours, and
 # reading it would only exhaust the memory.
 _LARGEST_TENSOR = 1 << 30
@@ -74,8 +77,8 @@ class WeightsSource:
         include_top: Whether the file holds the classifier.
         path: Below the base address, e.g. `"keras-applications/efficientnetb0.h5"`.
         md5: Published hash of the file, 32 hexadecimal digits; None for the TensorFlow checkpoints
-            of the official repositories, which have none: those are not fetched, but downloaded by
-            hand and converted (`convert_weights`, `keras-effnet convert-weights`).
+            of the official repositories, which have none: they are verified by the hash that the
+            storage itself tells, and converted after they were fetched.
         top1: Published ImageNet top-1 accuracy of these weights in percent, or None.
         source: Where hash and accuracy stand.
         preprocessing: The transform to convert it with, `"advprop"`, or None for the variant's.
@@ -99,6 +102,11 @@ class WeightsSource:
     @property
     def file_name(self) -> str:
         return self.path.rsplit("/", 1)[-1]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """Whether it is a TensorFlow checkpoint, which must be converted."""
+        return self.md5 is None
 
     @property
     def url(self) -> str:
@@ -197,7 +205,7 @@ def _checkpoints() -> Iterable[WeightsSource]:
 
 
 SOURCES: tuple[WeightsSource, ...] = (*_keras_applications(), *_checkpoints())
-"""Every official file. `fetch_weights` can fetch those that have a published hash."""
+"""Every official file."""
 
 
 def list_weights(model: str = "*") -> list[WeightsSource]:
@@ -226,13 +234,18 @@ def fetch_weights(
 ) -> Path:
     """Puts an official file into Keras' cache, unless a good copy is there, and verifies it.
 
-    The download runs under a temporary name in the same folder; only a file with the published
-    hash gets the final name. A good copy in a cache that cannot be written is used as it is.
+    The download runs under a temporary name in the same folder; only a file with the right hash
+    gets the final name. A good copy in a cache that cannot be written is used as it is.
+
+    Files of keras.applications have published hashes. For the authors' checkpoints nobody
+    published any: theirs is the MD5 that the storage keeps of the object and sends in the header
+    `x-goog-hash` (Google Cloud Storage, "Hashes and ETags"), which shows that what came is what
+    lies there, whole. A mirror must send it as well.
 
     Args:
         model: A variant: its name, or its spec.
         weights: Name of the training, see `list_weights`.
-        include_top: Whether to fetch the file with the classifier.
+        include_top: Whether to fetch the file with the classifier. A checkpoint has it always.
         base_url: Address of a mirror (`http`, `https` or `file`) below which the files have their
             official paths. None takes the environment variable `KERAS_EFFNET_WEIGHTS_URL` or,
             where that is not set either, Google's public storage.
@@ -240,29 +253,22 @@ def fetch_weights(
             environment variable `KERAS_HOME`, or `~/.keras`.
 
     Returns:
-        Path of the verified file.
+        Path of the verified file: one that Keras loads, or the archive of a checkpoint, which
+        `convert_weights` reads.
 
     Raises:
-        ValueError: If there is no such official file (the message lists those that exist), if it
-            is a checkpoint without a published hash (the message says how to convert it), or the
+        ValueError: If there is no such official file (the message lists those that exist), or the
             base address is none.
-        WeightsDownloadError: If the cache cannot be written, the address cannot be reached, or
-            what came is not the published file. Nothing is left behind.
+        WeightsDownloadError: If the cache cannot be written, the address cannot be reached, tells
+            no hash, or what came is not the file. Nothing is left behind.
     """
-    source = _find_source(model, weights, include_top)
-    if source.md5 is None:
-        option = f" --preprocessing {source.preprocessing}" if source.preprocessing else ""
-        raise ValueError(
-            f"The {weights!r} weights of {source.model} are published as a TensorFlow checkpoint "
-            f"without a hash to verify it by, so they are not fetched. Download {source.url} and "
-            f"run: keras-effnet convert-weights --weights {source.file_name} --model "
-            f"{source.model}{option} --output {SPECS[source.model].name}.keras"
-        )
+    source = find_source(model, weights, include_top)
     base_url = _checked_base_url(base_url)
-    home = Path(cache_dir or os.environ.get("KERAS_HOME") or "~/.keras").expanduser()
-    folder = home / "models"
-    target = folder / source.file_name
-    if target.is_file() and _md5(target) == source.md5:
+    folder = models_folder(cache_dir)
+    # The trainings' archives have the same names.
+    name = f"{source.weights}-{source.file_name}" if source.is_checkpoint else source.file_name
+    target = folder / name
+    if target.is_file() and (source.is_checkpoint or _md5(target) == source.md5):
         return target
 
     try:
@@ -273,36 +279,72 @@ def fetch_weights(
         raise WeightsDownloadError(
             f"Cannot write to Keras' cache {str(folder)!r}: {error.strerror or error}. Set the "
             "environment variable KERAS_HOME to a folder that can be written, or download "
-            f"{base_url}/{source.path} yourself and pass its path as `weights`."
+            f"{base_url}/{source.path} yourself and {_by_hand(source)}."
         ) from None
 
     url = f"{base_url}/{source.path}"
-    partial = folder / f".{source.file_name}.{os.getpid()}.part"
+    partial = folder / f".{name}.{os.getpid()}.part"
+    expected = source.md5
     try:
+        if expected is None:
+            expected = _md5_told_by(url)
         # An absolute subfolder, because `get_file` turns to /tmp of its own accord otherwise.
         keras.utils.get_file(
             fname=partial.name,
             origin=url,
             cache_subdir=str(folder.absolute()),
-            file_hash=source.md5,
+            file_hash=expected,
             hash_algorithm="md5",
             force_download=True,
         )
         os.replace(partial, target)
     except Exception as error:  # `get_file` raises a bare Exception when it cannot reach the url.
-        if partial.is_file() and (received := _md5(partial)) != source.md5:
-            problem = f"the file has the wrong md5 hash. Expected: {source.md5}. "
+        if partial.is_file() and (received := _md5(partial)) != expected:
+            problem = f"the file has the wrong md5 hash. Expected: {expected}. "
             problem += f"Received: {received} ({partial.stat().st_size} bytes)"
         else:
             problem = str(error)
         raise WeightsDownloadError(
             f"Could not fetch the {weights!r} weights of {source.model} from {url}: {problem}. "
             f"Check the network, name a mirror in the environment variable {BASE_URL_VARIABLE}, "
-            "or get the file elsewhere and pass its path as `weights`."
+            f"or get the file elsewhere and {_by_hand(source)}."
         ) from None
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def models_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """Where Keras keeps the weights of its models: `KERAS_HOME`, or `~/.keras`, or another one."""
+    return Path(cache_dir or os.environ.get("KERAS_HOME") or "~/.keras").expanduser() / "models"
+
+
+def _by_hand(source: WeightsSource) -> str:
+    """What to do with an official file that somebody downloaded."""
+    if not source.is_checkpoint:
+        return "pass its path as `weights`"
+    option = f" --preprocessing {source.preprocessing}" if source.preprocessing else ""
+    return (
+        f"convert it: keras-effnet convert-weights --weights {source.file_name} --model "
+        f"{source.model}{option} --output {SPECS[source.model].name}.keras"
+    )
+
+
+def _md5_told_by(url: str) -> str:
+    """The MD5 hash of an object, as Google's storage tells it.
+
+    Raises:
+        OSError: If the address cannot be reached.
+        ValueError: If it tells none.
+    """
+    request = urllib.request.Request(url, method="HEAD")
+    with urllib.request.urlopen(request, timeout=_SECONDS_TO_ANSWER) as response:
+        told = response.headers.get_all("x-goog-hash") or []
+    for entry in ",".join(told).split(","):
+        kind, _, value = entry.strip().partition("=")
+        if kind == "md5":
+            return base64.b64decode(value).hex()
+    raise ValueError("the server tells no MD5 hash (header x-goog-hash) to verify the file by")
 
 
 def locate_weights(
@@ -323,7 +365,7 @@ def locate_weights(
         ValueError: If `weights` is neither.
         WeightsDownloadError: See `fetch_weights`.
     """
-    names = sorted({source.weights for source in SOURCES})
+    names = weights_names()
     if isinstance(weights, str) and weights in names:
         return fetch_weights(model, weights, include_top)
     if not isinstance(weights, str | os.PathLike) or not Path(weights).exists():
@@ -334,17 +376,31 @@ def locate_weights(
     return Path(weights)
 
 
-def _find_source(model: str | ModelSpec, weights: str, include_top: bool) -> WeightsSource:
+def weights_names() -> list[str]:
+    """Names of all official trainings, as `weights=` takes them."""
+    return sorted({source.weights for source in SOURCES})
+
+
+def find_source(model: str | ModelSpec, weights: str, include_top: bool = True) -> WeightsSource:
+    """The official file of a training.
+
+    Args:
+        model: A variant: its name, or its spec.
+        weights: Name of the training.
+        include_top: Of a file of keras.applications.
+
+    Raises:
+        ValueError: If there is none; the message lists those that exist.
+    """
     constructor = (model if isinstance(model, ModelSpec) else get_spec(model)).constructor
     for source in SOURCES:
         # A checkpoint holds the classifier, and serves with and without it.
-        top = source.include_top if source.md5 is None else bool(include_top)
+        top = source.include_top if source.is_checkpoint else bool(include_top)
         if (source.model, source.weights, source.include_top) == (constructor, weights, top):
             return source
     own = [
-        f"weights={source.weights!r} with include_top={source.include_top}"
-        if source.md5
-        else f"{source.weights!r} as a checkpoint to convert"
+        f"weights={source.weights!r}"
+        + ("" if source.is_checkpoint else f" with include_top={source.include_top}")
         for source in SOURCES
         if source.model == constructor
     ]

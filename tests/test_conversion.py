@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 import reference_networks as reference
 
+import keras_effnet
 from keras_effnet import build, convert_weights, create_model, read_checkpoint, read_spec, resolve
-from keras_effnet.conversion import convert, layouts
+from keras_effnet import weights as weights_module
+from keras_effnet.conversion import convert, fetch_converted, layouts
 from keras_effnet.specs import ADVPROP, SPECS, ModelSpec, PreprocessingSpec
 from keras_effnet.weights import WeightsMismatchError
 
@@ -478,6 +480,42 @@ def test_a_checkpoint_is_found_by_prefix_file_folder_and_archive(thin_tensorflow
     for source in (path, index, path.parent, tmp_path / "b0.tar.gz"):
         converted = read_checkpoint(source, model=thin("EfficientNetB0"))
         np.testing.assert_allclose(probabilities(converted.model, SIDE), expected, atol=TOLERANCE)
+
+
+def test_a_name_fetches_converts_and_builds_once(thin_tensorflow, tmp_path, monkeypatch):
+    path, _, _ = thin_tensorflow
+    row = next(
+        row for row in weights_module.list_weights("EfficientNetB0") if row.weights == "advprop"
+    )
+    archive = tmp_path / "mirror" / row.path
+    archive.parent.mkdir(parents=True)
+    with tarfile.open(archive, "w:gz") as file:
+        for part in path.parent.glob("model.ckpt*"):
+            file.add(part, f"efficientnet-b0/{part.name}")
+    home = tmp_path / "home"
+    monkeypatch.setenv("KERAS_HOME", str(home))
+    monkeypatch.setenv(weights_module.BASE_URL_VARIABLE, (tmp_path / "mirror").as_uri())
+    monkeypatch.setitem(SPECS, "EfficientNetB0", thin("EfficientNetB0"))
+    # A folder tells no hash; another test fetches with one.
+    monkeypatch.setattr(weights_module, "_md5_told_by", lambda url: weights_module._md5(archive))
+    expected = read_checkpoint(archive, model=thin("EfficientNetB0"), preprocessing="advprop")
+    shape = (SIDE, SIDE, 3)
+    options = {"weights": "advprop", "input_shape": shape, "classes": expected.classes}
+    model = keras_effnet.EfficientNetB0(**options)
+    wanted = probabilities(expected.model, SIDE)
+    np.testing.assert_array_equal(probabilities(model, SIDE), wanted)
+    usual = read_checkpoint(archive, model=thin("EfficientNetB0"))
+    assert abs(probabilities(usual.model, SIDE) - wanted).max() > TOLERANCE
+    # The archive is gone, the conversion stays, and serves without the network.
+    (converted,) = (file for file in home.rglob("*") if file.is_file())
+    assert converted == home / "models" / "efficientnetb0_advprop.keras"
+    archive.unlink()
+    again = keras_effnet.create_model("EfficientNetB0", include_top=False, **options)
+    np.testing.assert_array_equal(
+        again.get_layer("stem_conv").get_weights()[0],
+        model.get_layer("stem_conv").get_weights()[0],
+    )
+    assert fetch_converted("EfficientNetB0", "advprop") == converted
 
 
 def test_the_average_is_taken_unless_the_last_step_is_asked_for(thin_tensorflow, tmp_path):

@@ -317,4 +317,4 @@ def test_wrong_usage(argv, code, message, capsys, tmp_path, monkeypatch):
 def test_the_command_lists_official_files(capsys):
     code, out, _ = run(capsys, "--list", "*lite0")
     assert code == 0
-    assert "75.1" in out and "convert" in out and "lite/efficientnet-lite0.tar.gz" in out
+    assert "75.1" in out and "checkpoint" in out and "lite/efficientnet-lite0.tar.gz" in out

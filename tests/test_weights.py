@@ -1,5 +1,6 @@
 """Weights: sources, verified download, reading every layout, loading by name."""
 
+import base64
 import hashlib
 import http.server
 import io
@@ -180,19 +181,6 @@ def test_checkpoints_of_the_authors_are_listed_with_their_accuracy():
     assert len(keys) == len(set(keys))
 
 
-@pytest.mark.parametrize("include_top", [True, False])
-def test_a_checkpoint_without_a_hash_is_not_fetched_but_explained(include_top, server, tmp_path):
-    row = weights.WeightsSource(
-        "EfficientNetB0", "advprop", True, "a/b0.tar.gz", None, 77.6, "them", "advprop"
-    )
-    weights.SOURCES = (*weights.SOURCES, row)  # The fixture puts the true ones back.
-    with pytest.raises(ValueError, match="without a hash.*convert-weights --weights b0.tar.gz.*"):
-        weights.locate_weights("EfficientNetB0", "advprop", include_top)
-    with pytest.raises(ValueError, match="--preprocessing advprop --output efficientnetb0.keras"):
-        keras_effnet.EfficientNetB0(weights="advprop", include_top=include_top)
-    assert server.requests == [] and files_in(tmp_path) == []
-
-
 def test_list_weights_matches_patterns_regardless_of_case():
     assert {s.model for s in weights.list_weights("*v2b?")} == {
         f"EfficientNetV2B{i}" for i in range(4)
@@ -218,20 +206,29 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.files, self.requests, self.cut = {}, [], 0
+        # By path: the headers that Google's storage tells hashes in.
+        self.hashes = {}
         self.url = f"http://127.0.0.1:{self.server_address[1]}/mirror"
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        self.server.requests.append(self.path)
+    def do_HEAD(self):
         body = self.server.files.get(self.path)
         if body is None:
             self.send_error(404)
-            return
+            return None
         self.send_response(200)
         self.send_header("Content-Length", str(len(body)))
+        for value in self.server.hashes.get(self.path, ()):
+            self.send_header("x-goog-hash", value)
         self.end_headers()
-        self.wfile.write(body[: len(body) - self.server.cut])
+        return body
+
+    def do_GET(self):
+        self.server.requests.append(self.path)
+        body = self.do_HEAD()
+        if body is not None:
+            self.wfile.write(body[: len(body) - self.server.cut])
 
     def log_message(self, *_):
         pass
@@ -370,7 +367,7 @@ def test_a_cache_that_cannot_be_written(server, tmp_path, monkeypatch):
 def test_variants_without_official_file_say_which_exist(tmp_path):
     with pytest.raises(ValueError, match="no official file for EfficientNetTiny.*none at all.*B7"):
         weights.fetch_weights("EfficientNetTiny", cache_dir=tmp_path)
-    with pytest.raises(ValueError, match="EfficientNetB8: 'advprop' as a checkpoint to convert"):
+    with pytest.raises(ValueError, match="EfficientNetB8: weights='advprop'"):
         weights.fetch_weights("EfficientNetB8", cache_dir=tmp_path)
     with pytest.raises(ValueError, match="EfficientNetB0: weights='imagenet' with include_top"):
         weights.fetch_weights("EfficientNetB0", "imagenet21k", cache_dir=tmp_path)
@@ -383,6 +380,56 @@ def test_a_base_address_needs_a_known_scheme(tmp_path, monkeypatch):
     monkeypatch.setenv(weights.BASE_URL_VARIABLE, "mirror.example/weights")
     with pytest.raises(ValueError, match="https.*Received: 'mirror.example/weights'"):
         weights.fetch_weights("EfficientNetB0", cache_dir=tmp_path)
+
+
+CHECKPOINT = weights.WeightsSource(
+    "EfficientNetB0", "advprop", True, "a/b0.tar.gz", None, 77.6, "them", "advprop"
+)
+
+
+@pytest.fixture
+def storage(server):
+    """A mirror that has the archive of a checkpoint, and tells its hashes as Google's does."""
+    weights.SOURCES = (*weights.SOURCES, CHECKPOINT)  # The other fixture puts the true ones back.
+    server.files["/mirror/a/b0.tar.gz"] = BODY
+    md5 = base64.b64encode(hashlib.md5(BODY).digest()).decode()
+    server.hashes["/mirror/a/b0.tar.gz"] = ["crc32c=AAAAAA==", f"md5={md5}"]
+    return server
+
+
+@pytest.mark.parametrize("include_top", [True, False])
+def test_a_checkpoint_is_verified_by_the_hash_that_the_storage_tells(
+    include_top, storage, tmp_path
+):
+    def fetch():
+        return weights.fetch_weights(
+            "EfficientNetB0", "advprop", include_top, base_url=storage.url, cache_dir=tmp_path
+        )
+
+    storage.cut = 100
+    with pytest.raises(weights.WeightsDownloadError, match="--preprocessing advprop --output eff"):
+        fetch()
+    assert files_in(tmp_path) == []
+    storage.cut = 0
+    # Another training's archive has the same name.
+    assert fetch() == tmp_path / "models" / "advprop-b0.tar.gz"
+    assert fetch().read_bytes() == BODY
+    assert storage.requests == ["/mirror/a/b0.tar.gz"] * 2
+
+
+@pytest.mark.parametrize(
+    ("told", "message"),
+    [
+        pytest.param([], "tells no MD5 hash", id="none"),
+        pytest.param(["crc32c=AAAAAA=="], "tells no MD5 hash", id="another"),
+        pytest.param(["md5=1B2M2Y8AsgTpgAmY7PhCfg=="], "wrong md5 hash.*d41d8cd98f00", id="wrong"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_verified_is_refused(told, message, storage, tmp_path):
+    storage.hashes["/mirror/a/b0.tar.gz"] = told
+    with pytest.raises(weights.WeightsDownloadError, match=message):
+        weights.fetch_weights("EfficientNetB0", "advprop", base_url=storage.url, cache_dir=tmp_path)
+    assert files_in(tmp_path) == []
 
 
 def test_locate_weights_takes_names_and_paths(server, tmp_path, monkeypatch):

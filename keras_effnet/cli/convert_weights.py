@@ -133,7 +133,7 @@ def _listing(pattern: str) -> str:
             f"No official file of a variant with a name like {pattern!r}. All variants: "
             f"{', '.join(SPECS)}"
         )
-    cells = [("variant", "weights", "top", "top-1", "from", "how", "address")]
+    cells = [("variant", "weights", "top", "top-1", "from", "file", "address")]
     for source in sources:
         cells.append(
             (
@@ -142,7 +142,7 @@ def _listing(pattern: str) -> str:
                 "yes" if source.include_top else "no",
                 "-" if source.top1 is None else f"{source.top1:.1f}",
                 source.source,
-                "convert" if source.md5 is None else "weights=…",
+                "checkpoint" if source.is_checkpoint else "Keras",
                 source.url,
             )
         )

@@ -80,8 +80,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--keras-model", metavar="FILE", help="a saved .keras model of any kind")
     model.add_argument(
         "--weights",
-        metavar="imagenet|none|FILE",
-        help="of --model: the published ones, random ones, or a file (default: imagenet)",
+        metavar="NAME|FILE|none",
+        help="of --model: the name of published ones (imagenet, noisy-student, …; see "
+        "convert-weights --list), a file, or random ones (default: imagenet)",
     )
     model.add_argument(
         "--classes", metavar="N", type=common.positive_int, help="of --model (default: 1000)"
@@ -356,8 +357,7 @@ def _check(args: argparse.Namespace, form: Format) -> None:
                 f"The ImageNet weights have {_IMAGENET_CLASSES} classes, and an untrained head is "
                 f"not worth exporting. Pass --weights FILE. Received: --classes {args.classes}"
             )
-        if args.weights not in ("imagenet", "none"):
-            _check_exists("--weights", args.weights)
+        opening.check_weights(args.weights)
     else:
         _check_exists("--keras-model", args.keras_model)
         for name in ("weights", "classes", "size"):
@@ -554,10 +554,12 @@ def _open_model(args: argparse.Namespace, labels: Labels | None) -> Source:
 
 
 def build_variant(args: argparse.Namespace, spec: ModelSpec, classes: int) -> keras.Model:
-    from keras_effnet.models import create_model
-    from keras_effnet.weights import load_weights, locate_weights
+    from keras_effnet.models import create_model, locate
+    from keras_effnet.weights import check_spec, load_weights
 
-    path = None if args.weights == "none" else locate_weights(spec, args.weights)
+    spec, path = locate(spec, None if args.weights == "none" else args.weights)
+    if path is not None:
+        check_spec(spec, path, include_preprocessing=True)
     size = args.size or spec.resolution
     model = create_model(spec, weights=None, classes=classes, input_shape=(size, size, 3))
     if path is None:

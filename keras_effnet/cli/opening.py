@@ -89,6 +89,17 @@ class OpenedFile:
         )
 
 
+def check_weights(weights: str) -> None:
+    """Raises UsageError if --weights is no name of a training, nor a file, nor none."""
+    from keras_effnet.weights import weights_names
+
+    names = ("none", *weights_names())
+    if weights not in names and not Path(weights).exists():
+        raise UsageError(
+            f"--weights: there is no {weights!r}. Pass a file, or one of: {', '.join(names)}."
+        )
+
+
 def one_step(preprocessing: PreprocessingSpec) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """An input transform as one step on pixels in 0..255.
 

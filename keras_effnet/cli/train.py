@@ -57,9 +57,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--weights",
-        metavar="imagenet|none|FILE",
+        metavar="NAME|FILE|none",
         default="imagenet",
-        help="to begin with: the published ones, random ones, or a file (default: imagenet)",
+        help="to begin with: the name of published ones (imagenet, noisy-student, …; see "
+        "convert-weights --list), a file, or random ones (default: imagenet)",
     )
     model.add_argument(
         "--size",
@@ -259,8 +260,7 @@ def run(args: argparse.Namespace) -> None:
     spec = common.checked(get_spec, args.model)
     config = common.checked(make_config, args, _phases(args))
     check_data(args)
-    if args.weights not in ("imagenet", "none") and not Path(args.weights).exists():
-        raise UsageError(f"--weights: there is no {args.weights!r}.")
+    opening.check_weights(args.weights)
     seconds: dict[str, float] = {}
     with common.stage("start", "Starting Keras …", seconds):
         replicas = start_keras(args.distribute, args.deterministic)
@@ -276,12 +276,14 @@ def run(args: argparse.Namespace) -> None:
         **settings_of(config, training, validation, names),
     }
     folder = open_run(args, settings, replicas)
+    from keras_effnet.models import locate
     from keras_effnet.weights import finalize_normalization
 
     with common.stage("model", f"Building {args.model} …", seconds):
-        saved_as = _build(args, spec, size, len(names), weights=not args.resume)
+        spec, weights = locate(spec, None if args.weights == "none" else args.weights)
+        saved_as = _build(args, spec, size, len(names), None if args.resume else weights)
         with mixed_precision(config), replicas.scope():
-            model = _build(args, spec, size, len(names), weights=False)
+            model = _build(args, spec, size, len(names), None)
         model.set_weights(saved_as.get_weights())
         finalize_normalization(model)
     write_labels(folder, names, replicas)
@@ -523,7 +525,7 @@ def write_labels(folder: Path, names: Labels, replicas: Replicas) -> None:
 
 
 def _build(
-    args: argparse.Namespace, spec: ModelSpec, size: int, classes: int, *, weights: bool
+    args: argparse.Namespace, spec: ModelSpec, size: int, classes: int, weights: Path | None
 ) -> keras.Model:
     import keras
 
@@ -535,7 +537,7 @@ def _build(
         warnings.simplefilter("always")
         model = create_model(
             spec,
-            weights=args.weights if weights and args.weights != "none" else None,
+            weights=weights,
             classes=classes,
             input_shape=(size, size, 3),
             dropout_rate=args.dropout,

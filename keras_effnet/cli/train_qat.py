@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from keras_effnet.cli import common, exporting, train
+from keras_effnet.cli import common, exporting, opening, train
 from keras_effnet.cli.common import UsageError
 from keras_effnet.cli.tables import text_table
 from keras_effnet.specs import get_spec
@@ -227,8 +227,7 @@ def _check(args: argparse.Namespace) -> None:
         if args.weights == "none":
             raise UsageError("Random weights are not worth quantizing. Pass --weights FILE.")
         args.weights = args.weights or "imagenet"
-        if args.weights != "imagenet" and not Path(args.weights).exists():
-            raise UsageError(f"--weights: there is no {args.weights!r}.")
+        opening.check_weights(args.weights)
     else:
         if not Path(args.keras_model).exists():
             raise UsageError(f"--keras-model: there is no {args.keras_model!r}.")

@@ -28,8 +28,11 @@ from ..weights import (
     StoredWeights,
     WeightsFileError,
     WeightsMismatchError,
+    fetch_weights,
+    find_source,
     listed,
     load_weights,
+    models_folder,
     read_spec,
     read_weights,
     variant_of,
@@ -188,6 +191,47 @@ def convert_weights(
     )
     write_model(conversion.model, conversion.spec, target)
     return conversion
+
+
+def fetch_converted(
+    model: str | ModelSpec,
+    weights: str,
+    *,
+    base_url: str | None = None,
+    cache_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Puts an official checkpoint into Keras' cache as a `.keras` file, unless it is there.
+
+    The archive is fetched and verified (`fetch_weights`), converted with the moving averages of
+    its weights and the transform that they were trained with, and then removed.
+
+    Args:
+        model: A variant: its name, or its spec.
+        weights: Name of a training whose file is a checkpoint, see `list_weights`.
+        base_url: See `fetch_weights`, as is `cache_dir`.
+
+    Returns:
+        Path of the converted file, which holds the spec as well (`read_spec`).
+
+    Raises:
+        ValueError: If there is no such official file, or it does not fit its variant.
+        WeightsDownloadError: If it cannot be fetched.
+        ImportError: If TensorFlow, which reads checkpoints, is not installed.
+    """
+    source = find_source(model, weights)
+    target = models_folder(cache_dir) / f"{SPECS[source.model].name}_{weights}.keras"
+    if not target.is_file():
+        archive = fetch_weights(model, weights, base_url=base_url, cache_dir=cache_dir)
+        # Another process may have converted it meanwhile: to the same.
+        convert_weights(
+            archive,
+            target,
+            model=source.model,
+            preprocessing=source.preprocessing,
+            overwrite=True,
+        )
+        archive.unlink(missing_ok=True)
+    return target
 
 
 def write_model(model: keras.Model, spec: ModelSpec, target: Path) -> None:
