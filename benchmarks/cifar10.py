@@ -308,8 +308,8 @@ def main() -> None:
     parser.add_argument("--work", default="cifar10-work", type=Path, help="finished rows")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=3000, help="of the float models")
-    parser.add_argument("--qat-steps", type=int, default=400)
-    parser.add_argument("--student-steps", type=int, default=1000)
+    parser.add_argument("--qat-steps", type=int, default=300)
+    parser.add_argument("--student-steps", type=int, default=600)
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count(), help="rows at once, a core each"
     )

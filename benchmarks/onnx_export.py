@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -188,18 +188,14 @@ def _tf2onnx(model: Any, path: Path) -> None:
 def _quantize_static(source: Path, target: Path, method: str, batches: list[np.ndarray]) -> None:
     from onnxruntime import quantization
 
+    images = np.concatenate(batches)
+    if method != "MinMax" and len(images) > HISTOGRAM_IMAGES:
+        # From all classes: the photographs stand in their order.
+        images = images[np.linspace(0, len(images) - 1, HISTOGRAM_IMAGES).astype(int)]
+
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.images = self._images()
-
-        def _images(self) -> Iterator[dict[str, np.ndarray]]:
-            count = 0
-            for batch in batches:
-                for image in batch:
-                    if method != "MinMax" and count >= HISTOGRAM_IMAGES:
-                        return
-                    count += 1
-                    yield {"images": image[None]}
+            self.images = ({"images": image[None]} for image in images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
             return next(self.images, None)

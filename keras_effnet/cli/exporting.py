@@ -42,7 +42,14 @@ _ANALYSIS_IMAGES = 16
 _PICTURE_SIDE = 224
 _THRESHOLDS = ("min_agreement", "min_sqnr", "min_top1", "max_top1_loss")
 # Arguments of this package's quantizer.
-_OF_CORE = ("calibration_method", "corrections", "keep_float", "ranges", "save_ranges")
+_OF_CORE = (
+    "calibration_method",
+    "corrections",
+    "equalize",
+    "keep_float",
+    "ranges",
+    "save_ranges",
+)
 
 
 @dataclass(frozen=True)
@@ -119,6 +126,7 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         help="what is corrected, separated by commas: swish_equalization, "
         "learned_rounding, bias_correction; or none (default: what usually helps)",
     )
+    add_equalize(group)
     group.add_argument(
         "--keep-float",
         metavar="LAYERS",
@@ -135,6 +143,24 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--save-ranges", metavar="FILE.json", help="write the ranges, to be used again"
     )
     return group
+
+
+def add_equalize(group: argparse._ArgumentGroup) -> None:
+    """Adds --equalize."""
+    group.add_argument(
+        "--equalize",
+        metavar="auto|all|SHARE",
+        type=_equalize,
+        help="swishes to equalize: where it saves much noise; all; or at most this share of their "
+        "elements, such as 0.25, where each saves most, for a faster file (default: auto)",
+    )
+
+
+def _equalize(text: str) -> str | float:
+    try:
+        return float(text)
+    except ValueError:
+        return text
 
 
 def add_images(parser: argparse.ArgumentParser) -> None:
@@ -468,6 +494,7 @@ def _config(args: argparse.Namespace) -> QuantizationConfig | None:
     given = {
         "method": args.calibration_method,
         "corrections": args.corrections,
+        "equalize": args.equalize,
         "keep_float": args.keep_float,
     }
     given = {name: value for name, value in given.items() if value is not None}

@@ -96,6 +96,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="what is corrected before the training, separated by commas, as of export-tflite; or "
         "none (default: what usually helps)",
     )
+    exporting.add_equalize(quantization)
     quantization.add_argument(
         "--training-ranges",
         choices=("fixed", "moving_average", "learned"),
@@ -195,7 +196,11 @@ def run(args: argparse.Namespace) -> None:
         QuantizationConfig,
         method=args.calibration_method,
         training_ranges=args.training_ranges,
-        **({} if args.corrections is None else {"corrections": args.corrections}),
+        **{
+            name: getattr(args, name)
+            for name in ("corrections", "equalize")
+            if getattr(args, name) is not None
+        },
     )
     with common.stage("model", f"Building {args.model or args.keras_model} …", seconds):
         source = _open_model(args)

@@ -131,6 +131,37 @@ def equalize_swish(
             statistics[changed] = statistics[changed].divided_by(factors)
 
 
+def best_swishes(
+    graph: Graph, statistics: dict[str, TensorStatistics], names: list[str], share: float
+) -> list[str]:
+    """Returns the swishes that save the most noise for the multiplications that they may cost.
+
+    A multiplication takes time in proportion to the elements of its tensor, so those come first
+    that save most for each element: late layers, whose tensors are small.
+
+    Args:
+        graph: The folded graph, as it is before any swish is equalized.
+        statistics: Statistics of the float graph.
+        names: Swishes, out of `swish_candidates`.
+        share: Largest share of the elements of all these swishes, in 0..1.
+
+    Returns:
+        Some of the names, in the order of the graph.
+    """
+    elements, value = {}, {}
+    for name in names:
+        source = _swish_source(graph, graph[name])
+        found = search_factors(statistics[source.name], energy(graph, name))
+        elements[name] = int(np.prod(graph[name].shape))
+        value[name] = (found.noise_without - found.noise) / elements[name]
+    left, chosen = share * sum(elements.values()), set()
+    for name in sorted(names, key=value.get, reverse=True):
+        if value[name] > 0 and elements[name] <= left:
+            left -= elements[name]
+            chosen.add(name)
+    return [name for name in names if name in chosen]
+
+
 @dataclasses.dataclass(frozen=True)
 class Factors:
     """The factors of a swish, and what they are good for.

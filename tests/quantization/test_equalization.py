@@ -8,6 +8,8 @@ from keras_effnet.quantization.calibration import TensorStatistics, collect
 from keras_effnet.quantization.equalization import (
     FACTOR_STEPS,
     SMALLEST_STEPS,
+    Factors,
+    best_swishes,
     equalize_swish,
     search_factors,
     swish_candidates,
@@ -98,6 +100,32 @@ def test_swishes_that_can_be_equalized(model):
     assert sources == ["expand", "depthwise"]  # Not that inside squeeze-and-excite.
     with pytest.raises(ValueError, match="Only a swish directly behind a convolution.*'head'"):
         equalize_swish(graph, statistics_of(graph), ["head"])
+
+
+def test_a_share_takes_what_saves_most_for_each_element(model, monkeypatch):
+    graph = folded(model)
+    statistics, names = statistics_of(graph), swish_candidates(graph)
+    first, second = names
+    # Three times as many elements as the first.
+    graph[second].shape = (3 * SIDE, SIDE, graph[second].shape[-1])
+    gains = {first: 0.2, second: 0.3}
+    sources = {id(statistics[graph[name].inputs[0]]): name for name in names}
+
+    def search(of_source, importance):
+        gain = gains[sources[id(of_source)]]
+        return Factors(np.ones(1, np.float32), 0.5 - gain, 0.5)
+
+    monkeypatch.setattr("keras_effnet.quantization.equalization.search_factors", search)
+    assert best_swishes(graph, statistics, names, 1.0) == names
+    # The second saves more, but not for each element.
+    assert best_swishes(graph, statistics, names, 0.75) == [first]
+    assert best_swishes(graph, statistics, names, 0.2) == []
+    # Where the best does not fit, another one may.
+    gains[second] = 0.9
+    assert best_swishes(graph, statistics, names, 0.75) == [second]
+    assert best_swishes(graph, statistics, names, 0.3) == [first]
+    gains[first] = -0.1
+    assert best_swishes(graph, statistics, names, 1.0) == [second]
 
 
 # --- The search of the factors ----------------------------------------------------------------

@@ -103,7 +103,8 @@ def test_unknown_engines_are_named(tiny, tiny_images):
 def test_bad_configurations_are_named():
     with pytest.raises(ValueError, match="`method` must be one of"):
         QuantizationConfig(method="magic")
-    with pytest.raises(ValueError, match="`equalize` must be"):
-        QuantizationConfig(equalize="some")
+    for wrong in ("some", 0.0, 1.0, 2, True, float("nan")):
+        with pytest.raises(ValueError, match="`equalize` must be"):
+            QuantizationConfig(equalize=wrong)
     with pytest.raises(ValueError, match="`keep_float` must be a tuple"):
         QuantizationConfig(keep_float="stem_conv")
