@@ -46,14 +46,12 @@ _SUM_TOLERANCE = 1e-3
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
-    "ema": 0.0,
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
     "min_area": 0.35,
     "rand_augment": 0,
     "magnitude": 9.0,
-    "mixup": 0.0,
     "cutmix": 0.0,
     "checkpoint_steps": 500,
 }
@@ -132,9 +130,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="of everything random (default: 0)",
     )
+    training.add_argument(
+        "--ema",
+        metavar="MOMENTUM",
+        type=float,
+        default=0.0,
+        help="evaluate and keep a moving average of the weights (default: 0, none)",
+    )
     labelled = parser.add_argument_group("training with labels")
     labelled.add_argument("--label-smoothing", metavar="X", type=float, help="(default: 0)")
-    labelled.add_argument("--ema", metavar="MOMENTUM", type=float, help="(default: 0, none)")
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
     labelled.add_argument(
@@ -426,6 +430,8 @@ class _Distilled(_Job):
             "mode": args.distill_mode,
             "temperature": args.temperature,
             "feature_weight": args.feature_weight,
+            "ema": args.ema,
+            "mixup": args.mixup,
         }
         return DistillationConfig(
             batch_size=args.batch_size,

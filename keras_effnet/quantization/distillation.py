@@ -18,6 +18,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from .averages import averaged_weights
 from .build import RANGE_SUFFIX, build_model, in_float32
 from .calibration import calibration_batches
 from .checks import check_values
@@ -52,6 +53,12 @@ class DistillationConfig:
         patience: Epochs without improvement until training stops, at least 1.
         shift: Most pixels by which an image is moved (edges repeat), at least 0.
         flip: Whether every other image is mirrored.
+        mixup: Each image is blended with another one by a part drawn from Beta(mixup, mixup); 0 for
+            none, 1 for any part alike. The float model tells what to make of them, and they show
+            more of it than few photographs do (Beyer et al., 2021, section 3.1,
+            https://arxiv.org/abs/2106.05237).
+        ema: Momentum of a moving average of the weights, which is then measured and kept, in
+            [0, 1); 0 for none.
         seed: Of the split, the order and the augmentation.
 
     Raises:
@@ -68,6 +75,8 @@ class DistillationConfig:
     patience: int = 4
     shift: int = 8
     flip: bool = True
+    mixup: float = 0.0
+    ema: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
@@ -82,6 +91,8 @@ class DistillationConfig:
             validation_share=(0 < self.validation_share < 1, "between 0 and 1"),
             patience=(self.patience >= 1, "at least 1"),
             shift=(self.shift >= 0, "at least 0"),
+            mixup=(0 <= self.mixup < np.inf, "at least 0"),
+            ema=(0 <= self.ema < 1, "in [0, 1)"),
         )
 
 
@@ -352,7 +363,7 @@ class _Run:
         position = self.position
         while position["epoch"] < config.epochs and position["waited"] < config.patience:
             self._epoch(verbose, trainer, lambda batch: batch, teacher)
-            position["waited"] = 0 if self._keep_if_better() else position["waited"] + 1
+            position["waited"] = 0 if self._keep_if_better(trainer) else position["waited"] + 1
             position["epoch"] += 1
             self._save(trainer)
 
@@ -375,8 +386,8 @@ class _Run:
                 position["epoch"] += 1
                 if position["epoch"] < self.config.epochs:
                     self._save(trainer)
-            if not self._keep_if_better():
-                self.model.set_weights(self.best)
+            self._keep_if_better(trainer)
+            self.model.set_weights(self.best)
             position.update(block=block + 1, epoch=0)
             self._save()
 
@@ -390,7 +401,11 @@ class _Run:
             warmup_steps=int(WARM_UP * steps),
         )
         trainer.compile(
-            keras.optimizers.Adam(schedule if int(WARM_UP * steps) else config.learning_rate),
+            keras.optimizers.Adam(
+                schedule if int(WARM_UP * steps) else config.learning_rate,
+                use_ema=config.ema > 0,
+                ema_momentum=config.ema or 0.99,
+            ),
             loss=losses,
             loss_weights=weights,
             # XLA would compile for longer than a short distillation takes.
@@ -430,11 +445,16 @@ class _Run:
             crop = image[top : top + height, left : left + width]
             mirrored = self.config.flip and self.rng.random() < 0.5
             batch[index] = crop[:, ::-1] if mirrored else crop
+        if self.config.mixup:
+            parts = self.rng.beta(self.config.mixup, self.config.mixup, (len(batch), 1, 1, 1))
+            parts = parts.astype(np.float32)
+            batch = (1 - parts) * batch + parts * batch[::-1]
         return batch
 
-    def _keep_if_better(self) -> bool:
+    def _keep_if_better(self, trainer) -> bool:
         """Measures the settled model, and keeps it if it is the best so far."""
-        distance, weights = self._settled()
+        with averaged_weights(trainer):
+            distance, weights = self._settled()
         result = self.result
         result.epochs.append(distance)
         better = distance < result.after

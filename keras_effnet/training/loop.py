@@ -14,6 +14,7 @@ import keras
 
 from keras_effnet.builder import deep_graphs
 from keras_effnet.models import freeze, freeze_batch_norms
+from keras_effnet.quantization.averages import averaged_weights, use_averages
 from keras_effnet.quantization.files import whole
 from keras_effnet.training.batches import EvaluationBatches, Images, TrainingBatches
 from keras_effnet.training.checkpoint import (
@@ -340,28 +341,3 @@ def compile_model(model: keras.Model, config: TrainingConfig, phase: Phase, step
         # Elsewhere than on JAX, compiling takes longer than many fine-tunings.
         jit_compile=keras.backend.backend() == "jax",
     )
-
-
-@contextlib.contextmanager
-def averaged_weights(model: keras.Model) -> Iterator[None]:
-    """Puts the moving averages of the weights into a model, where its optimizer keeps them.
-
-    At the end of the block the model has its own weights again.
-    """
-    own = [keras.ops.convert_to_numpy(variable) for variable in model.trainable_variables]
-    use_averages(model)
-    try:
-        yield
-    finally:
-        for variable, value in zip(model.trainable_variables, own, strict=True):
-            variable.assign(value)
-
-
-def use_averages(model: keras.Model) -> None:
-    """Replaces the weights of a model by their moving averages, where its optimizer keeps them."""
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if not optimizer.use_ema:
-        return
-    averages = optimizer._model_variables_moving_average
-    for variable, average in zip(optimizer._trainable_variables, averages, strict=True):
-        variable.assign(keras.ops.convert_to_numpy(average))

@@ -78,7 +78,7 @@ def report_of(tmp_path):
         ({"train_data": None}, "--train-data is needed"),
         ({"evaluation_data": "none"}, "--evaluation-data: there is no 'none'"),
         ({"temperature": 2}, "--temperature belongs to --distill"),
-        ({"distill": True, "ema": 0.9}, "--ema belongs to training with labels"),
+        ({"distill": True, "ema": 1.0}, "`ema` must be in [0, 1)"),
         ({"distill": True, "validation_share": 0.5}, "--validation-share belongs to training with"),
         ({"distill": True, "rand_augment": 2}, "--rand-augment belongs to training with labels"),
         ({"distill": True, "min_area": 0.5}, "--min-area belongs to training with labels"),
@@ -215,6 +215,7 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
 
     monkeypatch.setattr("keras_effnet.quantization.distill", distill)
     given = {"temperature": 3, "feature_weight": 0.5, "distill_mode": "block_wise", "seed": 4}
+    given |= {"ema": 0.9, "mixup": 0.2}
     assert run(distill=True, no_flip=True, corrections="none", **given) == 1
     out, err = capsys.readouterr()
     # Progress is shown, beside the results: a line for each epoch where there is no terminal.
@@ -227,6 +228,8 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
         temperature=3,
         feature_weight=0.5,
         flip=False,
+        mixup=0.2,
+        ema=0.9,
         seed=4,
     )
     assert found == [(expected, 12, 2)]

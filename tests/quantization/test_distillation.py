@@ -50,6 +50,7 @@ def disturbed(model):
         pytest.param({}, id="classes"),
         pytest.param({"feature_weight": 1.0, "temperature": 4.0}, id="features"),
         pytest.param({"mode": "block_wise", "epochs": 4}, id="block_wise"),
+        pytest.param({"mixup": 0.5, "ema": 0.5}, id="mixup_ema"),
     ],
 )
 def test_it_improves_and_gives_the_integers_of_the_file(options, tiny, student, tiny_images):
@@ -125,6 +126,33 @@ def test_batches_serve_as_images(tiny, student, tiny_images):
     assert found == distill(tiny, twin, tiny_images, config, verbose=False)
 
 
+def test_the_average_is_measured_and_kept(tiny, student, tiny_images):
+    """An average over more steps than there are lags behind the weights."""
+    config = {**FAST, "epochs": 1, "batch_size": 1}
+    last = distill(tiny, copy_of(student), tiny_images, DistillationConfig(**config), verbose=False)
+    config["ema"] = 0.99
+    average = distill(tiny, student, tiny_images, DistillationConfig(**config), verbose=False)
+    assert 2 * last.after < average.after < average.before
+
+
+def test_mixup_blends_with_another_image(tiny, student, tiny_images, monkeypatch):
+    seen, epoch = [], distillation._Run._epoch
+
+    def watched(self, verbose, trainer, entering, teacher):
+        epoch(self, verbose, trainer, lambda batch: seen.append(batch) or batch, teacher)
+
+    monkeypatch.setattr(distillation._Run, "_epoch", watched)
+    images = np.zeros((16, *tiny_images.shape[1:]), np.float32)
+    images[::2] = 200
+    images[:, :4] = 40  # Not constant.
+    config = DistillationConfig(**{**FAST, "shift": 0, "epochs": 3, "flip": False, "mixup": 0.7})
+    distill(tiny, student, images, config, verbose=False)
+    levels = np.concatenate(seen)[:, -1, 0, 0]
+    assert 0 <= levels.min() and levels.max() <= 200
+    blended = ~np.isin(levels, (0, 200))
+    assert 0 < blended.sum() < len(levels)
+
+
 def test_features_without_classes(tiny_images):
     def trunk(x):
         x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
@@ -149,6 +177,8 @@ def test_features_without_classes(tiny_images):
         ("validation_share", 1.0),
         ("patience", 0),
         ("shift", -1),
+        ("mixup", -0.5),
+        ("ema", 1.0),
     ],
 )
 def test_bad_options_are_named(option, value):
@@ -212,6 +242,7 @@ def test_an_interrupt_keeps_the_best_state(tiny, tiny_quantized, tiny_images, mo
         pytest.param({"epochs": 4, "patience": 9}, 3, id="end_to_end"),
         # One epoch into the second of several blocks.
         pytest.param({"epochs": 2, "mode": "block_wise"}, 4, id="block_wise"),
+        pytest.param({"epochs": 3, "mixup": 0.5, "ema": 0.9}, 3, id="mixup_ema"),
     ],
 )
 def test_a_killed_distillation_goes_on_to_the_same_weights(

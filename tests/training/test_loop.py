@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import toy
 
+from keras_effnet.quantization.averages import averaged_weights
 from keras_effnet.training import (
     AugmentationConfig,
     NonFiniteLossError,
@@ -17,7 +18,7 @@ from keras_effnet.training import (
     save_checkpoint,
     train,
 )
-from keras_effnet.training.loop import BEST, CHECKPOINT, LAST, averaged_weights
+from keras_effnet.training.loop import BEST, CHECKPOINT, LAST
 
 PHASES = (Phase("head", 1, 1e-2, frozen="all"), Phase("stages", 2, 1e-2, frozen=0))
 RANDOM = AugmentationConfig(rand_augment=1, mixup=0.2, cutmix=1.0)
