@@ -149,7 +149,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
             colour = "C0" if name.startswith(DEFAULT) else "C3" if name == CONVERTER else "C2"
             panel.scatter(*at, color=colour, zorder=2)
             label = name.removeprefix("ours, ").removesuffix(" equalized")
-            above = number % 2 == 0
+            above = number % 2 == 0 or colour == "C2"
             panel.annotate(
                 "default" if name == DEFAULT else label,
                 at,
