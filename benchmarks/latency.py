@@ -149,13 +149,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
             colour = "C0" if name.startswith(DEFAULT) else "C3" if name == CONVERTER else "C2"
             panel.scatter(*at, color=colour, zorder=2)
             label = name.removeprefix("ours, ").removesuffix(" equalized")
-            above = number % 2 == 0 or colour == "C2"
+            trained = colour == "C2"
+            above = number % 2 == 0
             panel.annotate(
                 "default" if name == DEFAULT else label,
                 at,
-                xytext=(0, 7 if above else -14),
+                xytext=(8, -3) if trained else (0, 7 if above else -14),
                 textcoords="offset points",
-                ha="center",
+                ha="left" if trained else "center",
                 fontsize=8,
             )
         panel.set_title(f"{case} (ours: how much is equalized)", fontsize=10)
