@@ -46,13 +46,21 @@ def test_no_held_out_digit_is_trained_on(digits):
     assert not any(image.tobytes() in train for image in digits.held_out_images)
 
 
-def test_one_epoch_from_digits_to_files(tmp_path, capsys, monkeypatch):
+# Building, tracing and quantizing take a minute, whatever the number of images.
+@pytest.mark.slow
+def test_one_epoch_from_digits_to_files(digits, tmp_path, capsys, monkeypatch):
+    few = quickstart.Digits(
+        *(digits.train_images[:256], digits.train_labels[:256]),
+        *(digits.held_out_images[:100], digits.held_out_labels[:100]),
+    )
+    monkeypatch.setattr(quickstart, "load_digits", lambda: few)
     monkeypatch.setattr(quickstart, "_DISTILLATION_EPOCHS", 1)
+    monkeypatch.setattr(quickstart, "_CALIBRATION_IMAGES", 64)
     folder = tmp_path / "new" / "output"
     assert main(["quickstart", "--output-dir", str(folder), "--epochs", "1"]) == 0
     out, err = capsys.readouterr()
     assert {path.name for path in folder.iterdir()} == FILES
-    assert "epoch 1/1: loss" in err and "450 held-out digits" in out
+    assert "epoch 1/1: loss" in err and "100 held-out digits" in out
 
     rows = json.loads((folder / "results.json").read_text())["rows"]
     assert [row["name"] for row in rows] == [
@@ -72,10 +80,9 @@ def test_one_epoch_from_digits_to_files(tmp_path, capsys, monkeypatch):
     # Both runtimes compute the same integers.
     assert trained["accuracy"] == onnx["accuracy"] and trained["agreement"] == onnx["agreement"]
     # The saved model is the one that was evaluated.
-    held_out = quickstart.load_digits()
     loaded = keras.saving.load_model(folder / "digits.keras")
-    chosen = loaded.predict_on_batch(held_out.held_out_images).argmax(axis=1)
-    assert np.mean(chosen == held_out.held_out_labels) == pytest.approx(model["accuracy"])
+    chosen = loaded.predict_on_batch(few.held_out_images).argmax(axis=1)
+    assert np.mean(chosen == few.held_out_labels) == pytest.approx(model["accuracy"])
     with Image.open(folder / "predictions.png") as picture:
         assert picture.format == "PNG"
 

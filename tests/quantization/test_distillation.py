@@ -241,8 +241,12 @@ def test_an_interrupt_keeps_the_best_state(tiny, tiny_quantized, tiny_images, mo
     [
         pytest.param({"epochs": 4, "patience": 9}, 3, id="end_to_end"),
         # One epoch into the second of several blocks.
-        pytest.param({"epochs": 2, "mode": "block_wise"}, 4, id="block_wise"),
-        pytest.param({"epochs": 3, "mixup": 0.5, "ema": 0.9}, 3, id="mixup_ema"),
+        pytest.param(
+            {"epochs": 2, "mode": "block_wise"}, 4, id="block_wise", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"epochs": 3, "mixup": 0.5, "ema": 0.9}, 3, id="mixup_ema", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_killed_distillation_goes_on_to_the_same_weights(
