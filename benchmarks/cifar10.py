@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -53,9 +54,8 @@ def read_images(path: str, part: str) -> tuple[np.ndarray, np.ndarray]:
     """Reads one part of the archive: uint8 images (n, 32, 32, 3), and labels."""
     from PIL import Image
 
-    cache = Path(path)
     images, names = [], []
-    with tarfile.open(cache) as archive:
+    with tarfile.open(path) as archive:
         for member in archive:
             where = Path(member.name)
             if member.isfile() and part in where.parts and where.suffix in (".jpg", ".jpeg"):
@@ -140,8 +140,6 @@ def float_model(work: Path, seed: int, **switches):
         return model
     weights = work / f"float-{seed}.weights.h5"
     model.save_weights(weights)
-    import warnings
-
     with warnings.catch_warnings():
         # Of the squeeze-and-excite layers that it leaves out, which is what was asked for.
         warnings.simplefilter("ignore")
@@ -222,17 +220,10 @@ def measure(work: Path, data: dict, row: str, seed: int, args) -> dict:
 
 def latencies(paths: dict[str, Path], rounds: int = 300) -> dict[str, float]:
     """Median milliseconds of one image, the files in turns."""
-    from keras_effnet.export import TFLiteRunner
+    import onnx_export
 
-    image = np.zeros((1, SIZE, SIZE, 3), np.float32)
-    runners = {name: TFLiteRunner(path) for name, path in paths.items()}
-    times: dict[str, list[float]] = {name: [] for name in runners}
-    for turn in range(rounds + 10):
-        for name, runner in runners.items():
-            start = time.perf_counter()
-            runner.predict(image)
-            if turn >= 10:
-                times[name].append(1000 * (time.perf_counter() - start))
+    runs = {name: onnx_export._runner(path)[1] for name, path in paths.items()}
+    times = onnx_export._latencies(runs, rounds)
     return {name: statistics.median(values) for name, values in times.items()}
 
 
