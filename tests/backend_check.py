@@ -2,7 +2,8 @@
 
 Usage: backend_check.py FOLDER, which holds `NAME.weights.h5` (10 classes) and `NAME.npy` (images)
 for each variant to check. Writes results.npz and trained.keras there: the predictions of every
-variant, and those of the tiny one after a training step and after every form of saving.
+variant, those of the tiny one after a training step and after every form of saving, and whether
+each form kept its weights bit for bit.
 """
 
 import sys
@@ -44,4 +45,6 @@ reloaded = {
 }
 for form, loaded in reloaded.items():
     results[form] = loaded.predict(images, verbose=0)
+    pairs = zip(loaded.get_weights(), model.get_weights(), strict=True)
+    results[f"{form}_same_weights"] = all(np.array_equal(*pair) for pair in pairs)
 np.savez(folder / "results.npz", **results)

@@ -275,7 +275,11 @@ def test_other_backends_build_train_save_and_predict_the_same(backend, tmp_path)
     assert np.isfinite(results["loss"])
     assert abs(results["trained"] - expected["EfficientNetTiny"]).max() > BACKEND_TOLERANCE
     for form in ("keras", "weights_h5", "json"):
-        np.testing.assert_allclose(results[form], results["trained"], atol=1e-6, err_msg=form)
+        assert results[f"{form}_same_weights"], form
+        # Not bit for bit: a model that was compiled to train runs another program.
+        np.testing.assert_allclose(
+            results[form], results["trained"], atol=BACKEND_TOLERANCE, err_msg=form
+        )
     # And back: what the other backend trained and saved predicts the same here.
     back = keras.models.load_model(tmp_path / "trained.keras")
     np.testing.assert_allclose(

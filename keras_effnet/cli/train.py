@@ -322,8 +322,10 @@ def _phases(args: argparse.Namespace) -> list[dict[str, Any]]:
     return phases
 
 
-def make_config(args: argparse.Namespace, phases: list[dict[str, Any]]) -> TrainingConfig:
-    """The configuration that the arguments describe.
+def make_config(
+    args: argparse.Namespace, phases: list[dict[str, Any]], **further: Any
+) -> TrainingConfig:
+    """The configuration that the arguments describe, with the further values.
 
     Raises:
         ValueError: If a value is not allowed.
@@ -350,6 +352,7 @@ def make_config(args: argparse.Namespace, phases: list[dict[str, Any]]) -> Train
         checkpoint_steps=args.checkpoint_steps,
         seed=args.seed,
         strict=args.strict,
+        **further,
     )
 
 

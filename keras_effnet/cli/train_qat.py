@@ -46,6 +46,7 @@ _SUM_TOLERANCE = 1e-3
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
+    "teacher_weight": 0.0,
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
@@ -139,6 +140,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     labelled = parser.add_argument_group("training with labels")
     labelled.add_argument("--label-smoothing", metavar="X", type=float, help="(default: 0)")
+    labelled.add_argument(
+        "--teacher-weight",
+        metavar="SHARE",
+        type=float,
+        help="of the float model's predictions in the targets, beside the labels; with it the "
+        "files agree more with the float model (default: 0)",
+    )
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
     labelled.add_argument(
@@ -339,7 +347,9 @@ class _Job:
 class _Labelled(_Job):
     def open_all(self) -> None:
         args, source = self.args, self.source
-        self.config = common.checked(train.make_config, args, [self._phase()])
+        self.config = common.checked(
+            train.make_config, args, [self._phase()], teacher_weight=args.teacher_weight
+        )
         self.training, self.validation, self.names = train.open_images_of(
             args,
             source.preprocessing,
@@ -384,7 +394,8 @@ class _Labelled(_Job):
         saved_as = exporting.load_model(str(folder / PTQ_MODEL))
         result: Result = train.train_in(
             folder, args, quantized, self.training, self.validation, self.config,
-            saved_as=saved_as, callbacks=callbacks,
+            saved_as=saved_as, teacher=self.source.model if args.teacher_weight else None,
+            callbacks=callbacks,
         )  # fmt: skip
         train.finish(folder, args, result)
         best = exporting.load_model(str(folder / BEST))

@@ -95,6 +95,9 @@ class TrainingConfig:
             https://arxiv.org/abs/1711.05101), at least 0.
         label_smoothing: Share of the target given to all classes alike, in [0, 1) (Szegedy et
             al., 2016, section 7, https://arxiv.org/abs/1512.00567).
+        teacher_weight: Share of the targets that the predictions of a teacher take, in [0, 1]; the
+            labels keep the rest (Hinton et al., 2015, section 2,
+            https://arxiv.org/abs/1503.02531).
         ema: Momentum of a moving average of the weights, in [0, 1); 0 for none. With it, the
             average is what is evaluated and saved.
         class_weights: "balanced" weighs each image by how rare its class is; or "none".
@@ -114,6 +117,7 @@ class TrainingConfig:
     warm_up: float = 0.1
     weight_decay: float = 1e-5
     label_smoothing: float = 0.1
+    teacher_weight: float = 0.0
     ema: float = 0.0
     class_weights: str = "none"
     augmentation: AugmentationConfig = AugmentationConfig()
@@ -135,6 +139,7 @@ class TrainingConfig:
             warm_up=(0 <= self.warm_up < 1, "at least 0 and below 1"),
             weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
             label_smoothing=(0 <= self.label_smoothing < 1, "at least 0 and below 1"),
+            teacher_weight=(0 <= self.teacher_weight <= 1, "in 0..1"),
             ema=(0 <= self.ema < 1, "at least 0 and below 1"),
             class_weights=(self.class_weights in CLASS_WEIGHTS, f"one of {CLASS_WEIGHTS}"),
             mixed_precision=(

@@ -16,7 +16,7 @@ from keras_effnet.builder import deep_graphs
 from keras_effnet.models import freeze, freeze_batch_norms
 from keras_effnet.quantization.averages import averaged_weights, use_averages
 from keras_effnet.quantization.files import whole
-from keras_effnet.training.batches import EvaluationBatches, Images, TrainingBatches
+from keras_effnet.training.batches import Batch, EvaluationBatches, Images, TrainingBatches
 from keras_effnet.training.checkpoint import (
     Position,
     is_finite,
@@ -82,6 +82,7 @@ def train(
     *,
     saved_as: keras.Model,
     replicas: Replicas | None = None,
+    teacher: keras.Model | None = None,
     resume: bool = False,
     observer: Observer | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
@@ -102,6 +103,9 @@ def train(
         config: How to train.
         saved_as: A model of the same weights, in float32, in which states are saved.
         replicas: The devices; one by default.
+        teacher: A model of the same input and classes, whose probabilities the targets contain
+            with the weight `config.teacher_weight`. It sees the images as they were varied, and is
+            not changed.
         resume: Whether to go on from the folder's checkpoint.
         observer: Is told of the progress.
         callbacks: Keras callbacks: called at the beginning and end of each phase, of epochs
@@ -112,8 +116,9 @@ def train(
 
     Raises:
         FileNotFoundError: If there is no checkpoint to resume from.
-        ValueError: If the batch size does not suit the images or the devices, a checkpoint does
-            not fit, or an image cannot be read and `config.strict`.
+        ValueError: If the batch size does not suit the images or the devices, a teacher comes
+            without a weight or a weight without a teacher, a checkpoint does not fit, or an image
+            cannot be read and `config.strict`.
         NonFiniteLossError: If the loss is not finite. The model is put back to the last
             checkpoint.
     """
@@ -124,8 +129,14 @@ def train(
             f"The batch size must be a multiple of the {replicas.count} devices. "
             f"Received: {config.batch_size}"
         )
+    if (teacher is None) != (config.teacher_weight == 0):
+        raise ValueError(
+            "A teacher and its weight belong together: pass both, `teacher` and "
+            "`config.teacher_weight` above 0, or neither. Received: "
+            f"{'no' if teacher is None else 'a'} teacher, weight {config.teacher_weight:g}"
+        )
     position = read_position(folder / CHECKPOINT) if resume else Position()
-    run = _Run(model, saved_as, folder, config, replicas, observer, position)
+    run = _Run(model, saved_as, teacher, folder, config, replicas, observer, position)
     run.open(training, validation)
     interrupted = False
     # Of several processes all must stop at the same step, which a signal to one cannot tell.
@@ -143,8 +154,11 @@ def train(
 
 
 class _Run:
-    def __init__(self, model, saved_as, folder, config, replicas, observer, position) -> None:
-        self.model, self.saved_as, self.folder, self.config = model, saved_as, folder, config
+    def __init__(
+        self, model, saved_as, teacher, folder, config, replicas, observer, position
+    ) -> None:
+        self.model, self.saved_as, self.teacher = model, saved_as, teacher
+        self.folder, self.config = folder, config
         self.replicas, self.observer, self.position = replicas, observer, position
 
     def open(self, training: Images, validation: Images) -> None:
@@ -215,8 +229,9 @@ class _Run:
         self.started = time.perf_counter()
         self.callbacks.on_epoch_begin(len(position.history))
 
-        def produce(rows: slice) -> Iterator[Any]:
-            return self.batches.epoch(position.phase, epoch, rows, first)
+        def produce(rows: slice) -> Iterator[Batch]:
+            batches = self.batches.epoch(position.phase, epoch, rows, first)
+            return batches if self.teacher is None else map(self._taught, batches)
 
         epoch, first = position.epoch, position.step
         with self._own_errors(self.batches):
@@ -239,6 +254,12 @@ class _Run:
                 if position.step % self.config.checkpoint_steps == 0 and position.step < steps:
                     self._save_checkpoint()
         return True
+
+    def _taught(self, batch: Batch) -> Batch:
+        """Blends the teacher's predictions into the targets: the loss is linear in them."""
+        share = self.config.teacher_weight
+        predicted = keras.ops.convert_to_numpy(self.teacher.predict_on_batch(batch.images))
+        return batch._replace(targets=(1 - share) * batch.targets + share * predicted)
 
     def _finish_epoch(self, phase: Phase, figures: dict[str, float]) -> None:
         position, steps = self.position, self.batches.steps

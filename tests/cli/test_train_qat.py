@@ -80,6 +80,8 @@ def report_of(tmp_path):
         ({"temperature": 2}, "--temperature belongs to --distill"),
         ({"distill": True, "ema": 1.0}, "`ema` must be in [0, 1)"),
         ({"distill": True, "validation_share": 0.5}, "--validation-share belongs to training with"),
+        ({"distill": True, "teacher_weight": 0.5}, "--teacher-weight belongs to training with"),
+        ({"teacher_weight": 2}, "`teacher_weight` must be in 0..1"),
         ({"distill": True, "rand_augment": 2}, "--rand-augment belongs to training with labels"),
         ({"distill": True, "min_area": 0.5}, "--min-area belongs to training with labels"),
         (
@@ -135,6 +137,7 @@ def test_training_with_labels_resumes_and_reports_three_forms(
     run, photographs, tmp_path, capsys, monkeypatch
 ):
     given = {"training_ranges": "moving_average", "checkpoint_steps": 1, "learning_rate": 1e-2}
+    given["teacher_weight"] = 0.5
     assert run(**given, evaluation_data=photographs) == 0
     report = check_files(tmp_path, photographs)
     # Training started from a quantized model that works already, and kept it.

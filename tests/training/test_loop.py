@@ -8,6 +8,7 @@ import toy
 from keras_effnet.quantization.averages import averaged_weights
 from keras_effnet.training import (
     AugmentationConfig,
+    EvaluationBatches,
     NonFiniteLossError,
     Observer,
     Phase,
@@ -62,6 +63,7 @@ def run(tmp_path):
         observer=None,
         images=None,
         replicas=None,
+        teacher=None,
     ):
         (tmp_path / name).mkdir(exist_ok=True)
         training, validation = (images or toy.colour_images()).split(1 / 3, seed=0)
@@ -77,6 +79,7 @@ def run(tmp_path):
             callbacks=callbacks,
             observer=observer,
             replicas=replicas,
+            teacher=teacher,
         )
         return result, model
 
@@ -366,6 +369,7 @@ def test_the_observer_is_told_everything_in_order(run):
         ({"batch_size": 0}, "`batch_size` must be at least 1. Received: 0"),
         ({"warm_up": 1}, "`warm_up`"),
         ({"label_smoothing": 1}, "`label_smoothing`"),
+        ({"teacher_weight": 1.1}, "`teacher_weight` must be in 0..1"),
         ({"ema": 1.0}, "`ema`"),
         ({"class_weights": "some"}, "`class_weights` must be one of"),
         ({"mixed_precision": "float8"}, "`mixed_precision`"),
@@ -388,3 +392,37 @@ def test_configs_refuse_what_is_not_allowed(values, message):
 def test_phases_refuse_what_is_not_allowed(values, message):
     with pytest.raises(ValueError, match=message):
         Phase("name", *values)
+
+
+# A teacher
+
+
+def test_a_teacher_takes_the_place_of_the_labels(run):
+    keras.utils.set_random_seed(1)
+    teacher = toy.toy_model()
+    teacher.set_weights([0.1 * np.random.default_rng(2).normal(size=w.shape) + w for w in
+                         teacher.get_weights()])  # fmt: skip
+    before = [weight.copy() for weight in teacher.get_weights()]
+    phases = (Phase("all", 8, 3e-2),)
+    plain = AugmentationConfig(min_area=1.0, flip=False)
+    images, _ = toy.colour_images().split(1 / 3, seed=0)
+    batch = next(EvaluationBatches(images, 8).batches()).images
+    wanted = teacher.predict(batch, verbose=0)
+    distance = {}
+    for share in (0.0, 1.0):
+        config = config_of(
+            phases=phases, augmentation=plain, ema=0.0, label_smoothing=0.0, teacher_weight=share
+        )
+        _, model = run(f"share {share}", config, teacher=teacher if share else None)
+        distance[share] = abs(model.predict(batch, verbose=0) - wanted).mean()
+    assert distance[1.0] < 0.5 * distance[0.0]
+    for weight, twin in zip(teacher.get_weights(), before, strict=True):
+        np.testing.assert_array_equal(weight, twin)
+
+
+@pytest.mark.parametrize(("share", "given"), [(0.5, False), (0.0, True)])
+def test_a_teacher_and_its_weight_belong_together(run, share, given):
+    teacher = toy.toy_model() if given else None
+    with pytest.raises(ValueError, match="belong together.*Received: .* teacher, weight"):
+        run(config=config_of(teacher_weight=share), teacher=teacher)
+    assert not any(run.folder().iterdir())
