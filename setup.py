@@ -41,6 +41,7 @@ EXTRAS["dev"] = [
     "ruff>=0.11",
     "scikit-learn>=1.7",
     "psutil>=6",
+    "pytest-xdist>=3.6",
 ]
 EXTRAS["quickstart"] = sorted(
     {*EXTRAS["tflite"], *EXTRAS["onnx"], *EXTRAS["plot"], "scikit-learn>=1.7"}
@@ -65,9 +66,11 @@ setup(
         "keras_effnet.training",
     ],
     package_dir={"keras_effnet.export": "export"},
+    package_data={"keras_effnet": ["__init__.pyi"]},
     install_requires=[
         "keras>=3.12,<4",
         "h5py>=3.14",
+        "lazy-loader>=0.5",
         "numpy>=2.2",
         "pillow>=12",
     ],

@@ -1,57 +1,9 @@
-"""EfficientNet in Keras 3, for people who ship image models to phones and edge boards."""
+"""EfficientNet in Keras 3, for people who ship image models to phones and edge boards.
 
-from .blocks import drop_path as drop_path
-from .blocks import fused_mbconv as fused_mbconv
-from .blocks import mbconv as mbconv
-from .blocks import squeeze_and_excite as squeeze_and_excite
-from .blocks import swish as swish
-from .builder import build as build
-from .conversion import convert_weights as convert_weights
-from .conversion import read_checkpoint as read_checkpoint
-from .models import EfficientNet as EfficientNet
-from .models import EfficientNetB0 as EfficientNetB0
-from .models import EfficientNetB1 as EfficientNetB1
-from .models import EfficientNetB2 as EfficientNetB2
-from .models import EfficientNetB3 as EfficientNetB3
-from .models import EfficientNetB4 as EfficientNetB4
-from .models import EfficientNetB5 as EfficientNetB5
-from .models import EfficientNetB6 as EfficientNetB6
-from .models import EfficientNetB7 as EfficientNetB7
-from .models import EfficientNetB8 as EfficientNetB8
-from .models import EfficientNetEdgeTPUL as EfficientNetEdgeTPUL
-from .models import EfficientNetEdgeTPUM as EfficientNetEdgeTPUM
-from .models import EfficientNetEdgeTPUS as EfficientNetEdgeTPUS
-from .models import EfficientNetL2 as EfficientNetL2
-from .models import EfficientNetLite0 as EfficientNetLite0
-from .models import EfficientNetLite1 as EfficientNetLite1
-from .models import EfficientNetLite2 as EfficientNetLite2
-from .models import EfficientNetLite3 as EfficientNetLite3
-from .models import EfficientNetLite4 as EfficientNetLite4
-from .models import EfficientNetTiny as EfficientNetTiny
-from .models import EfficientNetV2B0 as EfficientNetV2B0
-from .models import EfficientNetV2B1 as EfficientNetV2B1
-from .models import EfficientNetV2B2 as EfficientNetV2B2
-from .models import EfficientNetV2B3 as EfficientNetV2B3
-from .models import EfficientNetV2L as EfficientNetV2L
-from .models import EfficientNetV2M as EfficientNetV2M
-from .models import EfficientNetV2S as EfficientNetV2S
-from .models import EfficientNetV2XL as EfficientNetV2XL
-from .models import create_model as create_model
-from .models import freeze as freeze
-from .models import freeze_batch_norms as freeze_batch_norms
-from .models import replace_head as replace_head
-from .scaling import Budget as Budget
-from .scaling import CompoundScaling as CompoundScaling
-from .scaling import largest_model as largest_model
-from .scaling import resolve as resolve
-from .scaling import search_scaling as search_scaling
-from .specs import SPECS as SPECS
-from .specs import ModelSpec as ModelSpec
-from .specs import PreprocessingSpec as PreprocessingSpec
-from .specs import StageSpec as StageSpec
-from .specs import get_spec as get_spec
-from .specs import list_models as list_models
-from .version import __version__ as __version__
-from .weights import list_weights as list_weights
-from .weights import load_weights as load_weights
-from .weights import read_spec as read_spec
+The public names stand in `__init__.pyi`. Each is loaded when it is first used: what needs no Keras,
+such as judging a file or printing the help of a command, does not wait for it.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -27,13 +27,13 @@ ROOMS: dict[str, set[str]] = {
     "training": {"models", "data", "plotting", "quantization"},
     "export": {"quantization"},
     # The public names.
-    "": {"models", "conversion", "data", "version"},
-    "cli": {"", "export", "plotting", "training"},
+    "": {"models", "data", "export", "plotting", "training", "version"},
+    "cli": {""},
 }
 # Rooms that import the standard library and other such rooms alone.
 STANDARD_LIBRARY_ONLY = {"specs", "scaling", "version"}
 
-# Loading any of these would make `import keras_effnet` slow or need what an extra installs.
+# Loading any of these would make a first model slow to get, or need what an extra installs.
 NOT_LOADED = (
     "PIL",
     "ai_edge_litert",
@@ -58,7 +58,10 @@ def modules() -> dict[str, Path]:
     for prefix, folder in folders.items():
         for path in folder.rglob("*.py"):
             parts = path.relative_to(folder).with_suffix("").parts
-            found[".".join([prefix, *(part for part in parts if part != "__init__")])] = path
+            # The stub of a package names what it loads when it is used.
+            stub = path.with_suffix(".pyi")
+            name = ".".join([prefix, *(part for part in parts if part != "__init__")])
+            found[name] = stub if stub.exists() else path
     return found
 
 
@@ -119,7 +122,7 @@ def test_the_table_names_every_room():
 @pytest.mark.parametrize("module", sorted(MODULES))
 def test_the_import_table_is_kept(module):
     path = MODULES[module]
-    is_package = path.name == "__init__.py"
+    is_package = path.stem == "__init__"
     assert violations(path.read_text(encoding="utf-8"), module, is_package, set(MODULES)) == []
 
 
@@ -152,15 +155,40 @@ def test_relative_imports_of_a_package_count_from_itself():
     assert wrong == ["keras_effnet.models"]
 
 
-def test_import_loads_no_optional_dependency():
-    """In a fresh process; what Keras itself loads is not ours to change."""
-    code = (
-        "import sys, keras; before = set(sys.modules); import keras_effnet;"
-        "print(*sorted(set(sys.modules) - before))"
-    )
-    loaded = subprocess.run(
+def loaded_by(code):
+    """Modules that a fresh process has loaded after some code."""
+    code = f"import sys\n{code}\nprint(*sorted(sys.modules))"
+    result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.split()
+    )
+    return result.stdout.split()
+
+
+def test_import_and_help_load_no_keras():
+    for code in (
+        "import keras_effnet.export",
+        "from keras_effnet import cli, resolve; cli.make_parser()",
+    ):
+        loaded = loaded_by(code)
+        assert "keras_effnet" in loaded
+        assert not {"keras", "tensorflow", "jax", "torch"} & set(loaded), code
+
+
+def test_a_model_needs_no_optional_dependency():
+    """What Keras itself loads is not ours to change."""
+    before = loaded_by("import keras")
+    loaded = set(loaded_by("from keras_effnet import EfficientNetB0")) - set(before)
     assert "keras_effnet.models" in loaded
     heavy = [name for name in loaded if any(f"{name}.".startswith(f"{n}.") for n in NOT_LOADED)]
     assert heavy == []
+
+
+def test_every_public_name_can_be_used():
+    import keras_effnet
+
+    assert {"EfficientNetB0", "create_model", "quantization"} <= set(keras_effnet.__all__)
+    assert set(keras_effnet.__all__) <= set(dir(keras_effnet))
+    for name in keras_effnet.__all__:
+        assert getattr(keras_effnet, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = keras_effnet.no_such_name
