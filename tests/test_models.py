@@ -250,7 +250,8 @@ def test_other_backends_build_train_save_and_predict_the_same(backend, tmp_path)
     if not os.environ.get("CI"):
         pytest.importorskip(backend)
     expected = {}
-    for name in (*FULL_SIZE, "EfficientNetTiny"):
+    # One of each generation: the others repeat their blocks.
+    for name in ("EfficientNetB0", "EfficientNetV2B0", "EfficientNetTiny"):
         # Not the full resolution: compiling takes the time, and the network is the same.
         side = 32 if name == "EfficientNetTiny" else 128
         model = create_model(name, weights=None, classes=10, input_shape=(side, side, 3))

@@ -137,7 +137,6 @@ def test_training_with_labels_resumes_and_reports_three_forms(
     run, photographs, tmp_path, capsys, monkeypatch
 ):
     given = {"training_ranges": "moving_average", "checkpoint_steps": 1, "learning_rate": 1e-2}
-    given["teacher_weight"] = 0.5
     assert run(**given, evaluation_data=photographs) == 0
     report = check_files(tmp_path, photographs)
     # Training started from a quantized model that works already, and kept it.
@@ -172,6 +171,13 @@ def test_training_with_labels_resumes_and_reports_three_forms(
         assert row | {"seconds": 0} == other | {"seconds": 0}
     files = [(tmp_path / name / "qat.tflite").read_bytes() for name in ("whole", "qat")]
     assert files[0] == files[1]
+
+    # The float model's predictions are other targets than the labels.
+    given |= {"teacher_weight": 0.5, "output_dir": tmp_path / "taught"}
+    assert run(**given, evaluation_data=photographs) == 0
+    taught = json.loads((tmp_path / "taught" / "report.json").read_text())
+    assert [row["top1"] for row in taught["rows"]] == [1.0] * 4
+    assert taught["training"]["history"][0]["loss"] != history[0]["loss"]
 
 
 @pytest.mark.slow
