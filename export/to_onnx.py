@@ -391,6 +391,7 @@ def _convert(onnx: Any, model: keras.Model, opset: int, layout: str, dynamic_bat
         _read_nhwc(onnx, graph, model.inputs[0].shape)
     _check_operators(onnx, proto)
     proto = _model_proto(onnx, graph, min(opset, _TF2ONNX_OPSET))
+    remove_round_trips(onnx, proto)
     if opset > _TF2ONNX_OPSET:
         graph = onnx.version_converter.convert_version(proto, opset).graph
         proto = _model_proto(onnx, graph, opset)
@@ -485,6 +486,64 @@ def _bypass(graph: Any, node: Any) -> None:
     for other in graph.node:
         other.input[:] = [source if name == target else name for name in other.input]
     graph.node.remove(node)
+
+
+def remove_round_trips(onnx: Any, proto: Any) -> Any:
+    """Removes chains of Reshape and Transpose that end in the layout that they began with.
+
+    The model itself is changed, and returned.
+
+    Around a squeeze-and-excite tf2onnx goes from NCHW to NHWC and back by one or two of them, and
+    which ones depends on the order of Python's sets, hence on the hash seed of the process.
+    """
+    graph = proto.graph
+    values = onnx.shape_inference.infer_shapes(proto).graph
+    shapes = {
+        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim][1:]
+        for value in (*values.input, *values.value_info, *values.output)
+    }
+    # Of a tensor: those before it that hold the same values in the same order, first one first.
+    origins: dict[str, list[str]] = {}
+    same: dict[str, str] = {}  # Of a tensor: the first of them with its shape too.
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type not in ("Reshape", "Transpose"):
+            continue
+        source, target = node.input[0], node.output[0]
+        before, after = shapes.get(source), shapes.get(target)
+        if not _keeps_order(before, after):
+            continue
+        origins[target] = [*origins.get(source, []), source]
+        equal = [name for name in origins[target] if shapes[name] == after]
+        if equal:
+            same[target] = equal[0]
+    _remove_unused(graph)
+    return proto
+
+
+def _keeps_order(before: list[int] | None, after: list[int] | None) -> bool:
+    """Whether tensors of these shapes, without their first dimension, differ in 1s alone.
+
+    At most one dimension may be longer: a Transpose could swap two that are equal.
+    """
+    if not before or not after or 0 in before or 0 in after:  # 0 is an unknown size.
+        return False
+    long = [size for size in before if size > 1]
+    return long == [size for size in after if size > 1] and len(long) <= 1
+
+
+def _remove_unused(graph: Any) -> None:
+    """Removes nodes, constants and shapes that nothing reads."""
+    used = {value.name for value in graph.output}
+    for node in reversed(list(graph.node)):
+        if used.isdisjoint(node.output):
+            graph.node.remove(node)
+        else:
+            used.update(node.input)
+    for values in (graph.initializer, graph.value_info):
+        for value in reversed(list(values)):
+            if value.name not in used:
+                values.remove(value)
 
 
 # External data

@@ -90,6 +90,7 @@ def test_float_files_equal_keras(case, tmp_path, opset, layout, dynamic):
     path = tmp_path / "m.onnx"
     export = to_onnx(case.model, path, opset=opset, layout=layout, dynamic_batch=dynamic)
     assert export.file.ops.get("Transpose", 0) == (layout == "nhwc")
+    assert "Reshape" not in export.file.ops
     outputs = ONNXRunner(path, threads=2).predict(case.images)
     np.testing.assert_allclose(outputs, case.expected, atol=FLOAT_TOLERANCE)
     np.testing.assert_array_equal(outputs.argmax(axis=1), case.expected.argmax(axis=1))

@@ -4,8 +4,9 @@ import os
 import keras
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
-from onnx import numpy_helper
+from onnx import numpy_helper, parser
 from small_model import CLASSES, SIZE, build_model
 
 from keras_effnet.export import (
@@ -18,7 +19,7 @@ from keras_effnet.export import (
     to_tflite,
 )
 from keras_effnet.export.report import agreement_warning
-from keras_effnet.export.to_onnx import MAX_OPSET, MIN_OPSET, check_proto
+from keras_effnet.export.to_onnx import MAX_OPSET, MIN_OPSET, check_proto, remove_round_trips
 from keras_effnet.quantization import QuantizationConfig, quantize_model
 
 # Kernels of onnxruntime and of TensorFlow sum in another order.
@@ -74,8 +75,9 @@ def test_a_float_file_gives_the_outputs_of_keras(model, images, tmp_path, opset,
     assert (tensor.name, tensor.dtype, tensor.shape) == ("images", "float32", (batch, *shape))
     [tensor] = export.file.outputs
     assert (tensor.name, tensor.shape) == ("outputs", (batch, CLASSES))
-    # The one of an input whose channels come last; there are no pairs within.
+    # The one of an input whose channels come last; there are no round trips within.
     assert export.file.ops.get("Transpose", 0) == (layout == "nhwc")
+    assert "Reshape" not in export.file.ops
     assert "BatchNormalization" not in export.file.ops
     assert export.file.metadata["layout"] == layout
 
@@ -92,6 +94,61 @@ def test_what_reads_nhwc_anyhow_is_given_it(tmp_path):
         np.testing.assert_allclose(
             ONNXRunner(path).predict(images), model.predict_on_batch(images), atol=FLOAT_TOLERANCE
         )
+
+
+@pytest.mark.parametrize(
+    ("nodes", "kept"),
+    [
+        # What tf2onnx leaves around a squeeze-and-excite, in one order of its sets and in another.
+        ("b = Reshape(a, nchw) y = Relu(b)", ["Relu"]),
+        ("b = Transpose<perm=[0,2,3,1]>(a) c = Reshape(b, nchw) y = Relu(c)", ["Relu"]),
+        ("b = Reshape(a, nhwc) c = Transpose<perm=[0,3,1,2]>(b) y = Relu(c)", ["Relu"]),
+        # Its end in another layout is needed, what lies between is not.
+        (
+            "b = Reshape(a, nhwc) c = Reshape(b, nchw) d = Reshape(c, nhwc) y = Relu(d)",
+            ["Reshape", "Relu"],
+        ),
+        # It is read on its way too.
+        (
+            "b = Reshape(a, nhwc) c = Reshape(b, nchw) d = Relu(b) e = Reshape(d, nchw)"
+            " y = Add(c, e)",
+            ["Reshape", "Relu", "Reshape", "Add"],
+        ),
+        # These change the order of the values.
+        ("b = Transpose<perm=[0,1,3,2]>(x) y = Relu(b)", ["Transpose", "Relu"]),
+        ("b = Transpose<perm=[1,0,2,3]>(a) y = Relu(b)", ["Transpose", "Relu"]),
+        # This one takes images apart.
+        ("b = Reshape(x, nchw) y = Relu(b)", ["Reshape", "Relu"]),
+        # The name of an output stays.
+        ("y = Reshape(a, nchw)", ["Reshape"]),
+    ],
+)
+@pytest.mark.parametrize("shape", ["N,5,3,3", "1,5,3,3", "2,5,3,3", "N,5,H,W"])
+def test_round_trips_of_layouts_are_removed(nodes, kept, shape):
+    proto = parser.parse_model(
+        f"""<ir_version: 8, opset_import: ["" : 17]>
+        g (float[{shape}] x) => (float y)
+        <int64[4] nchw = {{-1, 5, 1, 1}}, int64[4] nhwc = {{-1, 1, 1, 5}}>
+        {{ a = GlobalAveragePool(x) {nodes} }}"""
+    )
+    proto.graph.output[0].type.tensor_type.ClearField("shape")
+    batch = 1 if shape.startswith("1") else 2
+    images = np.random.default_rng(0).normal(size=(batch, 5, 3, 3))
+    expected, outputs = (
+        run_proto(model, images.astype(np.float32))
+        for model in (proto, remove_round_trips(onnx, proto))
+    )
+    names = [node.op_type for node in proto.graph.node]
+    assert [name for name in names if name != "GlobalAveragePool"] == kept
+    assert {tensor.name for tensor in proto.graph.initializer} == {
+        name for node in proto.graph.node for name in node.input if name in ("nchw", "nhwc")
+    }
+    np.testing.assert_array_equal(outputs, expected)
+
+
+def run_proto(proto, images):
+    session = onnxruntime.InferenceSession(proto.SerializeToString())
+    return session.run(None, {"x": images})[0]
 
 
 def test_the_model_is_not_changed(model, images, float_onnx, int8_onnx):
