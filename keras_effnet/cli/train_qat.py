@@ -20,6 +20,7 @@ import argparse
 import contextlib
 import dataclasses
 import sys
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from keras_effnet.data import ImageDataset
     from keras_effnet.export import Scores
     from keras_effnet.quantization import Distillation, DistillationConfig, QuantizationConfig
-    from keras_effnet.training import Result
+    from keras_effnet.training import Replicas, Result
 
 FLOAT_FILE, PTQ_FILE, QAT_FILE = "float.tflite", "ptq.tflite", "qat.tflite"
 PTQ_MODEL, QAT_MODEL, REPORT = "ptq.keras", "qat.keras", "report.json"
@@ -171,7 +172,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="of the features at the end of each stage, beside the classes (default: 0)",
     )
-    train.add_running(parser)
+    running = train.add_running(parser)
+    running.add_argument(
+        "--distribute",
+        action="store_true",
+        help="train with labels on all devices of this machine, or of all machines that TF_CONFIG "
+        "names",
+    )
     # Whether one of them was given shows when it is checked.
     parser.set_defaults(mixed_precision=None, **dict.fromkeys(_OF_LABELS))
 
@@ -202,6 +209,11 @@ def run(args: argparse.Namespace) -> None:
         # What only the end of the run needs.
         import_litert()
         check_installed()
+        from keras_effnet.training import make_replicas
+
+        replicas = common.checked(make_replicas, args.distribute)
+    if replicas.count > 1:
+        common.say(f"Training on {replicas.description}.")
     from keras_effnet.quantization import QuantizationConfig
 
     quantization = common.checked(
@@ -216,16 +228,17 @@ def run(args: argparse.Namespace) -> None:
     )
     with common.stage("model", f"Building {args.model or args.keras_model} …", seconds):
         source = _open_model(args)
-    job = (_Distilled if args.distill else _Labelled)(args, source, quantization, seconds)
+    kind = _Distilled if args.distill else _Labelled
+    job = kind(args, source, quantization, seconds, replicas)
     with common.stage("images", "Opening images …", seconds):
         calibration = job.open(args.calibration_data or args.train_data, args.calibration_samples)
         job.open_all()
-    from keras_effnet.training import Replicas
-
-    folder = train.open_run(args, job.settings(), Replicas())
-    quantized = _quantize(args, source, calibration, quantization, folder, seconds)
+    folder = train.open_run(args, job.settings(), replicas)
+    quantized = _quantize(args, source, calibration, quantization, folder, seconds, replicas)
     with common.stage("training", "Training the quantized model …", seconds):
         figures = job.train(quantized, folder)
+    if not replicas.writes:
+        return
     from keras_effnet.quantization import settle
 
     settle(quantized)
@@ -264,7 +277,7 @@ def _check(args: argparse.Namespace) -> None:
                 f"--freeze-ranges-after is in 0..1. Received: {args.freeze_ranges_after:g}"
             )
     wrong = {
-        True: (*_OF_LABELS, "tensorboard", "validation_data", "validation_share"),
+        True: (*_OF_LABELS, "tensorboard", "validation_data", "validation_share", "distribute"),
         False: ("distill_mode", "temperature", "feature_weight"),
     }[args.distill]
     for name in wrong:
@@ -315,9 +328,10 @@ class _Job:
         source: exporting.Source,
         quantization: QuantizationConfig,
         seconds: dict[str, float],
+        replicas: Replicas,
     ) -> None:
         self.args, self.source, self.quantization = args, source, quantization
-        self.seconds = seconds
+        self.seconds, self.replicas = seconds, replicas
         self.warnings: list[str] = []
 
     def open(self, path: str, samples: int | None = None) -> ImageDataset:
@@ -350,6 +364,7 @@ class _Labelled(_Job):
         self.config = common.checked(
             train.make_config, args, [self._phase()], teacher_weight=args.teacher_weight
         )
+        common.checked(self.replicas.check_batch_size, args.batch_size)
         self.training, self.validation, self.names = train.open_images_of(
             args,
             source.preprocessing,
@@ -390,16 +405,18 @@ class _Labelled(_Job):
             share = args.freeze_ranges_after
             share = _FREEZE_AFTER if share is None else share
             callbacks.append(FreezeRanges(round(share * steps)))
-        # The states are saved in a model of their own, which has no optimizer.
-        saved_as = exporting.load_model(str(folder / PTQ_MODEL))
+        # The states are saved in the model without an optimizer.
+        with self.replicas.scope():
+            trained = _copy(quantized)
         result: Result = train.train_in(
-            folder, args, quantized, self.training, self.validation, self.config,
-            saved_as=saved_as, teacher=self.source.model if args.teacher_weight else None,
-            callbacks=callbacks,
+            folder, args, trained, self.training, self.validation, self.config,
+            saved_as=quantized, replicas=self.replicas,
+            teacher=self.source.model if args.teacher_weight else None, callbacks=callbacks,
         )  # fmt: skip
-        train.finish(folder, args, result)
-        best = exporting.load_model(str(folder / BEST))
-        quantized.set_weights(best.get_weights())
+        if self.replicas.writes:
+            train.finish(folder, args, result)
+            best = exporting.load_model(str(folder / BEST))
+            quantized.set_weights(best.get_weights())
         return {
             "history": result.history,
             "best_val_accuracy": result.best,
@@ -493,6 +510,13 @@ class _Distilled(_Job):
         return self.args.evaluation_data or self.args.train_data
 
 
+def _copy(model: keras.Model) -> keras.Model:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / PTQ_MODEL
+        model.save(path)
+        return exporting.load_model(str(path))
+
+
 def _check_probabilities(model: keras.Model, images: Any) -> None:
     import numpy as np
 
@@ -525,8 +549,9 @@ def _quantize(
     config: QuantizationConfig,
     folder: Path,
     seconds: dict[str, float],
+    replicas: Replicas,
 ) -> keras.Model:
-    """Calibrates, or takes what an earlier run calibrated."""
+    """Calibrates, or takes what an earlier run calibrated; each process does it for itself."""
     from keras_effnet.quantization import quantize_model
     from keras_effnet.quantization.files import whole
 
@@ -535,8 +560,10 @@ def _quantize(
     with common.stage("calibration", f"Calibrating on {len(calibration)} images …", seconds):
         batches = exporting.Calibration(calibration, args.batch_size)
         quantized = quantize_model(source.model, batches, config, verbose=False)
-    with whole(folder / PTQ_MODEL) as temporary:
-        quantized.save(temporary)
+    common.checked(replicas.check_same, quantized)
+    if replicas.writes:
+        with whole(folder / PTQ_MODEL) as temporary:
+            quantized.save(temporary)
     return quantized
 
 

@@ -124,11 +124,7 @@ def train(
     """
     replicas = replicas or Replicas()
     observer = observer or Observer()
-    if config.batch_size % replicas.count:
-        raise ValueError(
-            f"The batch size must be a multiple of the {replicas.count} devices. "
-            f"Received: {config.batch_size}"
-        )
+    replicas.check_batch_size(config.batch_size)
     if (teacher is None) != (config.teacher_weight == 0):
         raise ValueError(
             "A teacher and its weight belong together: pass both, `teacher` and "

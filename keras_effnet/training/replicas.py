@@ -9,6 +9,7 @@ so the result is that of one device with the same batch, up to the order of sums
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -44,6 +45,21 @@ class Replicas:
 
     def adapt(self, model: keras.Model) -> None:
         """Lets layers that look at the whole batch do so across devices."""
+
+    def check_batch_size(self, batch_size: int) -> None:
+        """Raises ValueError if a batch cannot be divided among the devices."""
+        if batch_size % self.count:
+            raise ValueError(
+                f"The batch size must be a multiple of the {self.count} devices. "
+                f"Received: {batch_size}"
+            )
+
+    def check_same(self, model: keras.Model) -> None:
+        """Checks that all processes hold the same model, whose weights each made for itself.
+
+        Raises:
+            ValueError: If they do not. All processes raise it.
+        """
 
     def feed(self, produce: Produce, images: Images, batch_size: int) -> Iterator[Any]:
         """Starts a pass over images: batches in the form that `train` and `test` take."""
@@ -120,6 +136,31 @@ class TensorFlowReplicas(Replicas):
         for layer in model._flatten_layers(include_self=False):
             if isinstance(layer, keras.layers.BatchNormalization):
                 layer.synchronized = True
+
+    def check_same(self, model: keras.Model) -> None:
+        import tensorflow as tf
+
+        if not self.several_processes:
+            return
+        digest = hashlib.sha256(json.dumps(model.get_config(), sort_keys=True).encode())
+        for weight in model.get_weights():
+            digest.update(np.ascontiguousarray(weight).data)
+        # Sums of these, and of their squares, are exact in float64.
+        numbers = np.frombuffer(digest.digest(), np.uint16).astype(np.float64)
+        own = np.concatenate([numbers, numbers**2])
+
+        @tf.function
+        def mean() -> Any:
+            values = self._strategy.run(lambda: tf.constant(own))
+            return self._strategy.reduce("MEAN", values, axis=None)
+
+        # Where all are alike, the mean of the squares is the square of the mean.
+        first, second = np.split(mean().numpy(), 2)
+        if np.any(second != first**2):
+            raise ValueError(
+                f"The {len(_workers())} processes hold different models. Start each with the same "
+                "command, files and versions, on machines with processors of one kind."
+            )
 
     def feed(self, produce: Produce, images: Images, batch_size: int) -> Iterator[Any]:
         import tensorflow as tf

@@ -1,6 +1,10 @@
 import json
+import os
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -14,6 +18,7 @@ from keras_effnet.quantization import (
     is_quantized,
     quantize_model,
 )
+from keras_effnet.training import Replicas
 from keras_effnet.training.loop import CHECKPOINT
 
 
@@ -45,7 +50,7 @@ def run(tmp_path, photographs, colour_model):
         "output_dir": tmp_path / "qat",
     }
 
-    def call(**changes):
+    def call(start=main, **changes):
         argv = ["train-qat"]
         for name, value in (defaults | changes).items():
             flag = "--" + name.replace("_", "-")
@@ -53,7 +58,7 @@ def run(tmp_path, photographs, colour_model):
                 argv.append(flag)
             elif value is not None:
                 argv += [flag, str(value)]
-        return main(argv)
+        return start(argv)
 
     return call
 
@@ -82,6 +87,8 @@ def report_of(tmp_path):
         ({"distill": True, "validation_share": 0.5}, "--validation-share belongs to training with"),
         ({"distill": True, "teacher_weight": 0.5}, "--teacher-weight belongs to training with"),
         ({"teacher_weight": 2}, "`teacher_weight` must be in 0..1"),
+        ({"distill": True, "distribute": True}, "--distribute belongs to training with labels"),
+        ({"distribute": True}, "needs two or more devices, and there is one"),
         ({"distill": True, "rand_augment": 2}, "--rand-augment belongs to training with labels"),
         ({"distill": True, "min_area": 0.5}, "--min-area belongs to training with labels"),
         (
@@ -242,3 +249,103 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
         seed=4,
     )
     assert found == [(expected, 12, 2)]
+
+
+# Sums over a batch are taken in another order, in float32.
+CURVE_TOLERANCE = 1e-5
+# The command where the processor counts as two devices.
+TWO_DEVICES = """
+import sys
+import tensorflow as tf
+from keras_effnet.cli import main
+processor = tf.config.list_physical_devices("CPU")[0]
+devices = [tf.config.LogicalDeviceConfiguration()] * 2
+tf.config.set_logical_device_configuration(processor, devices)
+sys.exit(main(sys.argv[1:]))
+"""
+COMMAND = "import sys; from keras_effnet.cli import main; sys.exit(main(sys.argv[1:]))"
+
+
+def in_process(code, **environment):
+    inherited = {name: value for name, value in os.environ.items() if name != "TF_CONFIG"}
+
+    def start(argv):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            env=inherited | environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    return start
+
+
+def in_two_processes(run, tmp_path, changes):
+    """Starts two processes that train as one; `changes` are what each is told beyond that."""
+    with socket.socket() as one, socket.socket() as other:
+        sockets = [one, other]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
+    processes = []
+    for index, own in enumerate(changes):
+        task = {"type": "worker", "index": index}
+        config = json.dumps({"cluster": {"worker": workers}, "task": task})
+        start = in_process(COMMAND, TF_CONFIG=config)
+        folder = tmp_path / f"worker{index}"
+        processes.append(run(start, distribute=True, output_dir=folder, **own))
+    try:
+        return [(process.communicate(timeout=240)[1], process.returncode) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def assert_same_curve(folder, other):
+    histories = (
+        json.loads((each / "report.json").read_text())["training"]["history"]
+        for each in (folder, other)
+    )
+    for row, expected in zip(*histories, strict=True):
+        for name in ("loss", "val_cross_entropy"):
+            np.testing.assert_allclose(row[name], expected[name], rtol=CURVE_TOLERANCE)
+
+
+@pytest.mark.slow
+def test_several_devices_train_as_one(run, tmp_path):
+    given = {"training_ranges": "learned", "learning_rate": 1e-2}
+    assert run(**given) == 0
+    process = run(
+        in_process(TWO_DEVICES), distribute=True, output_dir=tmp_path / "devices", **given
+    )
+    told = process.communicate(timeout=240)[1]
+    assert process.returncode == 0, told[-3000:]
+    assert "Training on 2 devices in 1 process" in told
+    assert_same_curve(tmp_path / "devices", tmp_path / "qat")
+    for told, code in in_two_processes(run, tmp_path, [given] * 2):
+        assert code == 0, told[-3000:]
+        assert "Training on 2 devices in 2 processes" in told
+    assert_same_curve(tmp_path / "worker0", tmp_path / "qat")
+    assert (tmp_path / "worker0" / "qat.tflite").exists()
+    # Only the first one writes.
+    assert not (tmp_path / "worker1").exists()
+
+
+@pytest.mark.slow
+def test_processes_that_quantize_differently_are_stopped_before_the_training(run, tmp_path):
+    told = in_two_processes(
+        run, tmp_path, [{"calibration_samples": samples} for samples in (12, 11)]
+    )
+    for text, code in told:
+        assert code == 2, text[-3000:]
+        assert text.splitlines()[-1].startswith("error: The 2 processes hold different models.")
+    assert not (tmp_path / "worker0" / "ptq.keras").exists()
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_at_once(run, capsys, monkeypatch, tmp_path):
+    replicas = Replicas()
+    replicas.count = 3
+    monkeypatch.setattr("keras_effnet.training.make_replicas", lambda distribute: replicas)
+    assert run(distribute=True) == 2
+    assert "must be a multiple of the 3 devices. Received: 4" in error_of(capsys)
+    assert not (tmp_path / "qat").exists()
