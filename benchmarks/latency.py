@@ -1,15 +1,16 @@
 """Accuracy against latency of int8 TFLite files: what equalization costs, and what training saves.
 
-    python benchmarks/latency.py [--file CASE NAME FILE.tflite] … [--rounds N] [--overwrite]
+    python benchmarks/latency.py [--file CASE NAME FILE.tflite] … [--rounds N] [--overwrite | --add]
 
 Of V1-B0 and V2-B0 with real weights: the float file, the plain converter's, and ours with no
 swish equalized, with those that gain most for a share of all elements, with the default's, and with
 all. Files that were made
-elsewhere, such as by `keras-effnet train-qat`, are added by `--file`; CASE is V1-B0 or V2-B0. All
-files of a model run in LiteRT in turns in one process, batch 1, two threads; the ratios are medians
-of the ratios of the rounds. Accuracy is that on the `evaluation` photographs. Writes
-`benchmarks/results/latency.json`, `.md` and `.png`. Needs the photographs and weights of ../shared
-beside the repository.
+elsewhere, such as by `keras-effnet train-qat` or `mobile_switch.py`, are added by `--file`; CASE is
+V1-B0 or V2-B0. `--add` keeps the earlier results and measures such files alone, beside the float
+file and the converter's. All files of a model run in LiteRT in turns in one process, batch 1, two
+threads; the ratios are medians of the ratios of the rounds. Accuracy is that on the `evaluation`
+photographs. Writes `benchmarks/results/latency.json`, `.md` and `.png`. Needs the photographs and
+weights of ../shared beside the repository.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ BARS = {
 }
 
 
-def write_files(folder: Path, case: str) -> dict[str, Path]:
+def write_files(folder: Path, case: str, equalized: dict[str, Any]) -> dict[str, Path]:
     """Writes our files and the converter's; returns them by name."""
     from keras_effnet.export import to_tflite
     from keras_effnet.quantization import QuantizationConfig, quantize_model
@@ -49,7 +50,7 @@ def write_files(folder: Path, case: str) -> dict[str, Path]:
     _say(f"{case}: the converter's …")
     batches = [images[first : first + peers.BATCH] for first in range(0, len(images), peers.BATCH)]
     to_tflite(model, files[CONVERTER], calibration_data=batches, **options)
-    for name, chosen in EQUALIZED.items():
+    for name, chosen in equalized.items():
         _say(f"{case}: ours, equalized: {name} …")
         config = QuantizationConfig(equalize=chosen, batch_size=peers.BATCH)
         quantized = quantize_model(model, images, config, verbose=False)
@@ -59,8 +60,10 @@ def write_files(folder: Path, case: str) -> dict[str, Path]:
     return files
 
 
-def measure(case: str, files: dict[str, Path], folder: Path, rounds: int) -> dict[str, Any]:
-    """Scores and latencies of the files of a model."""
+def measure(
+    case: str, files: dict[str, Path], folder: Path, rounds: int, added: str = ""
+) -> dict[str, Any]:
+    """Scores and latencies of the files of a model; `added` tells of a later run."""
     from keras_effnet.export import TFLiteRunner
     from keras_effnet.export.verify import score
 
@@ -83,6 +86,8 @@ def measure(case: str, files: dict[str, Path], folder: Path, rounds: int) -> dic
             "of_converter": float(np.median(np.divide(times[name], times[CONVERTER]))),
             "of_float": float(np.median(np.divide(times[name], times[FLOAT]))),
         }
+        if added:
+            rows[name]["added"] = added
     return rows
 
 
@@ -108,8 +113,9 @@ def markdown(results: dict[str, Any]) -> str:
             "|---|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for name, row in rows.items():
+            mark = "*" if "added" in row else ""
             lines.append(
-                f"| {name} | {row['agreement']:.1%} | {row['top1']:.1%} | {row['bytes']:,} | "
+                f"| {name}{mark} | {row['agreement']:.1%} | {row['top1']:.1%} | {row['bytes']:,} | "
                 f"{row['bytes'] / entry['parameters']:.2f} | {row['milliseconds']:.2f} | "
                 f"{row['of_converter']:.2f} | {row['of_float']:.2f} |"
             )
@@ -122,6 +128,9 @@ def markdown(results: dict[str, Any]) -> str:
                 ratio = rows[found]["of_float" if other == FLOAT else "of_converter"]
                 verdict = "met" if ratio <= bar else "missed"
                 lines.append(f"- {found} : {other} = {ratio:.2f}, at most {bar}: {verdict}")
+        later = sorted({row["added"] for row in rows.values() if "added" in row})
+        if later:
+            lines += ["", f"\\* Measured beside the first two files in a later run: {later[-1]}"]
     return "\n".join(lines) + "\n\n![Accuracy against latency](latency.png)\n"
 
 
@@ -180,28 +189,44 @@ def main() -> None:
     )
     parser.add_argument("--cases", nargs="+", choices=peers.CASES, default=list(peers.CASES))
     parser.add_argument("--rounds", type=int, default=50, help="of latencies (default: 50)")
-    parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    kept = parser.add_mutually_exclusive_group()
+    kept.add_argument("--overwrite", action="store_true", help="replace earlier results")
+    kept.add_argument(
+        "--add", action="store_true", help="to earlier results, the given files alone"
+    )
     args = parser.parse_args()
     target = RESULTS / "latency.json"
-    if target.exists() and not args.overwrite:
-        sys.exit(f"{target} exists; pass --overwrite to replace it")
+    if target.exists() and not (args.overwrite or args.add):
+        sys.exit(f"{target} exists; pass --overwrite to replace it, or --add to keep it")
+    if args.add and not target.exists():
+        sys.exit(f"{target} does not exist, so nothing can be added to it")
     for case, _, path in args.file:
         if case not in args.cases or not Path(path).is_file():
             sys.exit(f"--file takes a case out of {args.cases} and a file. Received: {case} {path}")
-    results: dict[str, Any] = {
-        "machine": describe_machine(peers.PACKAGES),
-        "load": os.getloadavg()[0],
-        "cases": {},
-    }
+    machine = {"machine": describe_machine(peers.PACKAGES), "load": os.getloadavg()[0]}
+    results: dict[str, Any] = machine | {"cases": {}}
+    equalized, added = EQUALIZED, ""
+    if args.add:
+        results = json.loads(target.read_text())
+        equalized, added = {}, f"{machine_line(machine['machine'])} Load: {machine['load']:.1f}."
+        args.cases = sorted({case for case, _, _ in args.file})
+        for case, name, _ in args.file:
+            if name in results["cases"][case]["files"]:
+                sys.exit(f"{target} has {name!r} of {case} already: give the file another NAME")
     for case in args.cases:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name) / case
             folder.mkdir()
             entry = peers._prepare(folder, case)
-            files = write_files(folder, case)
+            files = write_files(folder, case, equalized)
             files |= {name: Path(path) for own, name, path in args.file if own == case}
-            entry["files"] = measure(case, files, folder, args.rounds)
-            results["cases"][case] = entry
+            entry["files"] = measure(case, files, folder, args.rounds, added)
+            if args.add:
+                earlier = results["cases"][case]["files"]
+                new = {name: row for name, row in entry["files"].items() if name not in earlier}
+                results["cases"][case]["files"] = earlier | new
+            else:
+                results["cases"][case] = entry
     text = markdown(results)
     write_whole(target, json.dumps(results, indent=2) + "\n")
     write_whole(target.with_suffix(".md"), text)
