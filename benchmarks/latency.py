@@ -31,6 +31,8 @@ from common import RESULTS, describe_machine, machine_line, write_whole
 FLOAT, CONVERTER, DEFAULT = "float32", "converter", "ours"
 # `QuantizationConfig.equalize`, and the names of the files.
 EQUALIZED = {"none": (), "10 %": 0.1, "25 %": 0.25, "50 %": 0.5, DEFAULT: "auto", "all": "all"}
+# Times the converter's latency: what is slower is drawn at the edge, with its figure.
+OFF_SCALE = 2.0
 # File, what it is compared with, and the largest ratio of their latencies.
 BARS = {
     "V1-B0": ((DEFAULT, CONVERTER, 1.25), ("QAT", CONVERTER, 0.95), ("QAT", FLOAT, 0.60)),
@@ -153,19 +155,22 @@ def draw(results: dict[str, Any], path: Path) -> None:
             if name.startswith(DEFAULT)
         )
         panel.plot(*zip(*ours, strict=True), color="0.8", zorder=1)
+        edge = 1.05 * max(row["of_converter"] for row in rows.values() if not _is_off(row))
         for number, (name, row) in enumerate(rows.items()):
-            at = row["of_converter"], 100 * row["agreement"]
+            off = _is_off(row)
+            at = edge if off else row["of_converter"], 100 * row["agreement"]
             colour = "C0" if name.startswith(DEFAULT) else "C3" if name == CONVERTER else "C2"
-            panel.scatter(*at, color=colour, zorder=2)
+            panel.scatter(*at, color=colour, zorder=2, marker=">" if off else "o")
             label = name.removeprefix("ours, ").removesuffix(" equalized")
+            label += f": {row['of_converter']:.1f}" if off else ""
             trained = colour == "C2"
             above = number % 2 == 0
             panel.annotate(
                 "default" if name == DEFAULT else label,
                 at,
-                xytext=(8, -3) if trained else (0, 7 if above else -14),
+                xytext=(-8 if off else 8, -3) if trained else (0, 7 if above else -14),
                 textcoords="offset points",
-                ha="left" if trained else "center",
+                ha=("right" if off else "left") if trained else "center",
                 fontsize=8,
             )
         panel.set_title(f"{case} (ours: how much is equalized)", fontsize=10)
@@ -176,6 +181,11 @@ def draw(results: dict[str, Any], path: Path) -> None:
     temporary = path.with_name(f".{path.name}")
     figure.savefig(temporary, dpi=130, format="png")
     os.replace(temporary, path)
+
+
+def _is_off(row: dict[str, Any]) -> bool:
+    """Whether a file is so slow that it would squeeze the others together."""
+    return row["of_converter"] > OFF_SCALE
 
 
 def _say(text: str) -> None:
