@@ -2,13 +2,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from two_workers import tf_configs
 
 from keras_effnet.cli import main
 from keras_effnet.export import TFLiteRunner, read_tflite
@@ -282,15 +282,8 @@ def in_process(code, **environment):
 
 def in_two_processes(run, tmp_path, changes):
     """Starts two processes that train as one; `changes` are what each is told beyond that."""
-    with socket.socket() as one, socket.socket() as other:
-        sockets = [one, other]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        workers = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
     processes = []
-    for index, own in enumerate(changes):
-        task = {"type": "worker", "index": index}
-        config = json.dumps({"cluster": {"worker": workers}, "task": task})
+    for index, (own, config) in enumerate(zip(changes, tf_configs(), strict=True)):
         start = in_process(COMMAND, TF_CONFIG=config)
         folder = tmp_path / f"worker{index}"
         processes.append(run(start, distribute=True, output_dir=folder, **own))

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from two_workers import tf_configs
 
 from keras_effnet.training import make_replicas, read_position
 from keras_effnet.training.loop import CHECKPOINT
@@ -131,17 +131,9 @@ def test_two_devices_give_the_loss_curve_of_one(tmp_path, one_device, backend):
 
 @pytest.mark.slow
 def test_two_processes_give_the_loss_curve_of_one(tmp_path, one_device):
-    workers = [f"127.0.0.1:{port}" for port in _free_ports(2)]
     processes = [
-        start(
-            tmp_path / f"worker{index}",
-            "worker",
-            "new",
-            TF_CONFIG=json.dumps(
-                {"cluster": {"worker": workers}, "task": {"type": "worker", "index": index}}
-            ),
-        )
-        for index in range(2)
+        start(tmp_path / f"worker{index}", "worker", "new", TF_CONFIG=config)
+        for index, config in enumerate(tf_configs())
     ]
     try:
         first, second = (
@@ -155,16 +147,6 @@ def test_two_processes_give_the_loss_curve_of_one(tmp_path, one_device):
     assert second is None
     assert sorted(path.name for path in (tmp_path / "worker1").iterdir()) == ["stderr.txt"]
     assert (tmp_path / "worker0" / CHECKPOINT).exists()
-
-
-def _free_ports(number):
-    sockets = [socket.socket() for _ in range(number)]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
 
 
 def test_distribution_is_refused_where_there_is_nothing_to_distribute(monkeypatch):
