@@ -12,8 +12,7 @@ multiplication by a constant vector, on the side of the sigmoid alone, where val
 Between linear layers (the projections of MBConv blocks and their sums) the same would cost nothing,
 and was measured to gain nothing: their channels are even enough. The gates of squeeze-and-excite
 could take factors for nothing too, being vectors. On the calibration images that takes a third off
-the noise of V2-B0, most of which comes from their products, but on images held back nothing:
-channels that fire for a few classes reach further there, and are clipped.
+the noise of V2-B0, on images held back nothing.
 
 Source of the idea for ReLU networks: Nagel et al., 2019, Data-Free Quantization Through Weight
 Equalization and Bias Correction, section 4.1 (https://arxiv.org/abs/1906.04721).
