@@ -1,6 +1,7 @@
 """From the statistics of a tensor to the range of its 256 levels."""
 
 import dataclasses
+import functools
 
 import numpy as np
 
@@ -96,7 +97,8 @@ def _percentiles(values, weights):
 
 def _round(values, low, high):
     scale = np.float32((high - low) / 255)
-    zero = np.round(-low / scale)
+    # A float64 scalar would make all that follows float64.
+    zero = np.float32(np.round(-low / scale))
     return np.clip(np.floor(values / scale + np.float32(0.5)), -zero, 255 - zero) * scale
 
 
@@ -171,6 +173,7 @@ def _points(statistics, consumer, method):
 def _search(points, low, high):
     """Returns the bounds of the least error: a coordinate search, first coarse and then fine."""
 
+    @functools.cache
     def error(bounds):
         return sum(part.error(*bounds) for part in points)
 

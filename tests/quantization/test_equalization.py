@@ -7,8 +7,10 @@ from hand_made import compute, folded, functional, layers, ops, predict, values
 from keras_effnet.quantization.calibration import TensorStatistics, collect
 from keras_effnet.quantization.equalization import (
     FACTOR_STEPS,
+    RANGES,
     SMALLEST_STEPS,
     Factors,
+    _squared_errors,
     best_swishes,
     equalize_swish,
     search_factors,
@@ -174,3 +176,17 @@ def test_a_channel_that_fires_on_half_of_the_images_is_not_shrunk():
     found = search_factors(statistics(firing, images), importance)
     assert np.all(found.values > 10 * SMALLEST_STEPS / FACTOR_STEPS * found.values.max())
     assert found.values[1:].min() * 1.2 > 40 * 0.5
+
+
+@pytest.mark.parametrize("factor", [0.25, 1.0, 7.0])
+def test_errors_behind_the_swish_are_those_of_both_roundings(factor):
+    values = np.random.default_rng(0).normal(0, 3, (50, 4)).astype(np.float32)
+    exact = values / (1 + np.exp(-values))
+    below, below_behind, above = RANGES
+    step, step_behind = (below + above) / 255 * factor, (below_behind + above) / 255 * factor
+    zero, zero_behind = round(below * factor / step), round(below_behind * factor / step_behind)
+    inputs = np.clip(np.round(values / step), -zero, 255 - zero) * step
+    swish = inputs / (1 + np.exp(-inputs))
+    outputs = np.clip(np.round(swish / step_behind), -zero_behind, 255 - zero_behind) * step_behind
+    found = _squared_errors(values, exact, np.float32(factor))
+    np.testing.assert_allclose(found, (outputs - exact) ** 2, rtol=1e-4, atol=1e-8)
