@@ -248,8 +248,7 @@ def _search_rows(statistics):
 def _squared_errors(values, exact, factor):
     """Returns what rounding in the units of a factor does to the output of a swish, squared."""
     low_in, low_out, high = RANGES
-    scale = np.float32((high + low_in) / 255)
-    zero = np.round(low_in / scale)
+    scale, zero = _levels(low_in, high)
     # The input has 256 values, so has the output.
     inputs = (np.arange(256, dtype=np.float32) - zero) * scale * factor
     outputs = _round(_swish(inputs) / factor, low_out, high) * factor
@@ -265,9 +264,14 @@ def _swish(values):
     return values / (1 + np.exp(-np.clip(values, -80, 80)))
 
 
-def _round(values, low, high):
+def _levels(low, high):
+    """Returns the step of 256 levels from -low to high, and the number of the one for zero."""
     scale = np.float32((high + low) / 255)
-    zero = np.round(low / scale)
+    return scale, np.round(low / scale)
+
+
+def _round(values, low, high):
+    scale, zero = _levels(low, high)
     return np.clip(np.round(values / scale), -zero, 255 - zero) * scale
 
 
