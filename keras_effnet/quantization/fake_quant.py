@@ -162,6 +162,8 @@ class FakeQuant(keras.layers.Layer):
     def real_range(self) -> tuple[float, float]:
         """Returns the smallest and the largest real value."""
         low, high = (ops.convert_to_numpy(value) for value in (self.minimum, self.maximum))
+        # An optimizer averages bounds before their constraint brings them back to their side of 0.
+        low, high = np.minimum(low, 0), np.maximum(high, 0)
         return float(low * np.float32(self.unit)), float(high * np.float32(self.unit))
 
     def compute_output_shape(self, input_shape):

@@ -129,6 +129,18 @@ def test_a_learned_range_never_collapses():
     assert low <= 0 < high and np.all(np.isfinite(model.predict(values, verbose=0)))
 
 
+def test_an_averaged_range_contains_zero():
+    # Keras averages what its optimizer did to a bound before the bound was put back in its place.
+    model = keras.Sequential([keras.Input((4,)), FakeQuant(0.0, 1.0, ranges="learned")])
+    optimizer = keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5)
+    model.compile(optimizer, "mse", jit_compile=False)
+    values = np.full((8, 4), -1.0, "float32")
+    model.fit(values, -values, epochs=2, verbose=0)
+    assert float(model.layers[0].minimum) > 0
+    assert model.layers[0].real_range()[0] == 0
+    assert model.layers[0].params.zero_point == -128
+
+
 def test_moving_ranges_follow_the_batches_and_freeze():
     moving = FakeQuant(-1.0, 1.0, ranges="moving_average")
     model = keras.Sequential([keras.Input((4,)), moving, layers.Dense(1)])
