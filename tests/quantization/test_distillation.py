@@ -127,12 +127,12 @@ def test_batches_serve_as_images(tiny, student, tiny_images):
 
 
 def test_the_average_is_measured_and_kept(tiny, student, tiny_images):
-    """An average over more steps than there are lags behind the weights."""
+    """An average over as many steps as there are lags behind the weights."""
     config = {**FAST, "epochs": 1, "batch_size": 1}
     last = distill(tiny, copy_of(student), tiny_images, DistillationConfig(**config), verbose=False)
-    config["ema"] = 0.99
+    config["ema"] = 0.95
     average = distill(tiny, student, tiny_images, DistillationConfig(**config), verbose=False)
-    assert 2 * last.after < average.after < average.before
+    assert 1.2 * last.after < average.after < 0.8 * average.before
 
 
 def test_mixup_blends_with_another_image(tiny, student, tiny_images, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from keras_effnet.quantization.calibration import TensorStatistics
 from keras_effnet.quantization.params import QuantParams
-from keras_effnet.quantization.ranges import METHODS, Consumer, find_range
+from keras_effnet.quantization.ranges import METHODS, Consumer, _order, find_range
 
 
 def statistics(rows, batches=1):
@@ -122,6 +122,35 @@ def test_consumer_search_looks_behind_the_reader(function, apply):
     # The reader decides: behind the identity the tail is worth its range.
     alone = found(values, "consumer", consumer("identity"))
     assert alone.scale > 0.9 * plain.scale
+
+
+@pytest.mark.parametrize("reach", [3, 8, 15])
+def test_a_search_finds_the_best_of_all_ranges(reach):
+    # The output of a swish ends at -0.28, but a step or two below zero where one channel reaches
+    # far; the other channel, small and important, wants as many as it can get.
+    importance = np.array([300.0, 1.0])
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        small, large = rng.normal(size=3000) - 1, rng.standard_t(3, size=3000) * reach
+        rows = swish(np.stack([small, np.maximum(large, -50)], axis=1))
+
+        def error(params, rows=rows):
+            steps = np.clip(np.round(rows / params.scale) + params.zero_point, -128, 127)
+            squares = ((steps - params.zero_point) * params.scale - rows) ** 2
+            return np.mean(squares * importance)
+
+        searched = found(rows, "consumer", consumer(importance=importance))
+        scales = np.geomspace(0.003, 1, 150) * rows.max() / 255
+        best = min(error(QuantParams(scale, zero - 128)) for scale in scales for zero in range(13))
+        assert error(searched) < 1.1 * best
+
+
+def test_the_order_of_values_is_stable():
+    rng = np.random.default_rng(0)
+    values = np.round(rng.normal(size=(70, 120)), 1).astype(np.float32)
+    assert np.any(np.signbit(values) & (values == 0))
+    for part in (values, values[:, ::2]):
+        np.testing.assert_array_equal(_order(part), np.argsort(part, axis=None, kind="stable"))
 
 
 def test_consumer_search_weighs_the_channels():
