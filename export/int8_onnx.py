@@ -22,7 +22,7 @@ import numpy as np
 
 from keras_effnet.quantization import lowering
 from keras_effnet.quantization.folding import same_padding
-from keras_effnet.quantization.graph import Graph, Node
+from keras_effnet.quantization.graph import Graph, Node, kernel_owner
 from keras_effnet.quantization.params import INT8_MAX, INT8_MIN, QuantParams
 from keras_effnet.quantization.scheme import OUTPUT_RULES, SAME
 
@@ -160,12 +160,18 @@ class _Writer:
             self.constant(f"{name}/zero_point", zero_point(params, dtype), dtype),
         ]
 
-    def weights(self, name: str, integers: np.ndarray, scales: np.ndarray) -> str:
-        """Adds the integers of a kernel or bias and returns the name of their real values."""
-        source = self.constant(f"{name}/integers", integers, integers.dtype)
+    def weights(
+        self, name: str, integers: np.ndarray, scales: np.ndarray, owner: str | None = None
+    ) -> str:
+        """Adds the integers of a kernel or bias and returns the name of their real values.
+
+        Those of the `owner` serve all that share its kernel.
+        """
+        constant = owner or name
+        source = self.constant(f"{constant}/integers", integers, integers.dtype)
         if len(scales) == 1:
             scales = scales[0]
-        scale = self.constant(f"{name}/scale", scales, np.float32)
+        scale = self.constant(f"{constant}/scale", scales, np.float32)
         # Zero by definition, but Gemm becomes an integer kernel only if it is given.
         shape, dtype = np.shape(scales), integers.dtype
         label = "/".join(["zeros", dtype.name, *map(str, shape)])
@@ -204,7 +210,12 @@ class _Writer:
         kernel, scales = lowering.integer_kernel(node)
         bias, bias_scales = lowering.integer_bias(self.graph, node)
         return [
-            self.weights(f"{node.name}/kernel", kernel.transpose(transpose), scales),
+            self.weights(
+                f"{node.name}/kernel",
+                kernel.transpose(transpose),
+                scales,
+                owner=f"{kernel_owner(node)}/kernel",
+            ),
             self.weights(f"{node.name}/bias", bias, bias_scales),
         ]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from keras_effnet.quantization import lowering
-from keras_effnet.quantization.graph import Graph, Node
+from keras_effnet.quantization.graph import Graph, Node, kernel_owner
 from keras_effnet.quantization.params import INT8_MAX, INT8_MIN, KERNEL_MAX, QuantParams
 
 from . import pack, targets
@@ -73,6 +73,7 @@ class _Writer:
         self.operators: list[Any] = []
         self.codes: list[tuple[str, int]] = []
         self.constants: dict[tuple, int] = {}
+        self.kernels: dict[str, int] = {}
         # Index of each node's tensor, as integers and as floats.
         self.integers: dict[str, int] = {}
         self.floats: dict[str, int] = {}
@@ -227,11 +228,16 @@ class _Writer:
                 self._tensor(f"{node.name}/kernel", kernel.shape, np.float32, data=kernel),
                 self._constant(f"{node.name}/bias", node.weights["bias"], np.float32),
             ]
-        kernel, scales = lowering.integer_kernel(node)
-        kernel = kernel.transpose(transpose)
+        owner = kernel_owner(node)
+        if owner not in self.kernels:
+            kernel, scales = lowering.integer_kernel(node)
+            kernel = kernel.transpose(transpose)
+            self.kernels[owner] = self._tensor(
+                f"{owner}/kernel", kernel.shape, np.int8, scales, 0, axis, kernel
+            )
         bias, bias_scales = lowering.integer_bias(self.graph, node)
         return [
-            self._tensor(f"{node.name}/kernel", kernel.shape, np.int8, scales, 0, axis, kernel),
+            self.kernels[owner],
             self._tensor(f"{node.name}/bias", bias.shape, np.int32, bias_scales, 0, 0, bias),
         ]
 

@@ -123,8 +123,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         "--corrections",
         metavar="LIST",
         type=name_list,
-        help="what is corrected, separated by commas: swish_equalization, "
-        "learned_rounding, bias_correction; or none (default: what usually helps)",
+        help="what is corrected, separated by commas: swish_equalization, swish_splitting, "
+        "learned_rounding, bias_correction; or none (default: all)",
     )
     add_equalize(group)
     group.add_argument(

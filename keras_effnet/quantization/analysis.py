@@ -19,10 +19,12 @@ from .calibration import calibration_batches
 from .fake_quant import FakeQuant
 from .files import write_json
 from .folding import fold
-from .graph import KERNEL_OPS, Graph, Node, read_model
+from .graph import KERNEL_OPS, Graph, Node, kernel_owner, read_model
 from .lowering import dequantized_kernel, integer_kernel, read_quantized
 from .params import KERNEL_MAX, UNIT_INTERVAL, kernel_scales
 from .quantize import QuantizationConfig, quantize_model
+from .sides import POSITIVE, is_negative_side
+from .splitting import split_candidates, split_swishes
 
 LEVELS = 256
 # Images in a batch, when the data are one array: two models' tensors are held at once.
@@ -290,7 +292,8 @@ def analyze(
             progress.add(1)
     rows = []
     for node in graph:
-        if node.op in KERNEL_OPS and not node.is_float:
+        own_kernel = node.op in KERNEL_OPS and kernel_owner(node) == node.name
+        if own_kernel and not node.is_float:
             rows.append(_kernel_row(names[node.name], node, exact[node.name]))
         if node.params is not None:
             rows.append(statistics[node.name].row(names[node.name], node))
@@ -413,7 +416,9 @@ def _float_twin(model: keras.Model, graph: Graph) -> tuple[Graph, Graph]:
     for node in graph:
         if node.op == "scale":
             _insert_scale(exact, graph, node)
-    same = list(exact.nodes) == list(graph.nodes) and all(
+    split = [node.name for node in graph if node.attrs.get("part") == POSITIVE]
+    split_swishes(exact, [name for name in split if name in split_candidates(exact)])
+    same = sorted(exact.nodes) == sorted(graph.nodes) and all(
         node.op == graph[node.name].op and node.shape == graph[node.name].shape for node in exact
     )
     if not same:
@@ -463,6 +468,8 @@ def _divide_channels(exact: Graph) -> None:
             gated = [factors[name] for name in node.inputs]
             factors[node.name] = gated[0] * gated[1]
         elif node.op in ("global_avg", "global_max", "avg_pool", "max_pool", "dropout", "pad"):
+            factors[node.name] = factors[node.inputs[0]]
+        elif node.op == "add" and is_negative_side(exact, exact[node.inputs[1]]):
             factors[node.name] = factors[node.inputs[0]]
         else:
             factors[node.name] = ones

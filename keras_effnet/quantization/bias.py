@@ -11,7 +11,7 @@ import numpy as np
 
 from .calibration import TensorStatistics
 from .folding import same_padding
-from .graph import Graph, Node
+from .graph import Graph, Node, kernel_owner
 from .lowering import dequantized_kernel, tensor_params
 from .params import fake_quantize
 from .scheme import owners
@@ -28,6 +28,7 @@ def correct_biases(
         statistics: Statistics of the float graph by the name of the node.
         kernels: The float kernels by the name of the node.
     """
+    shifts = {}
     for node in graph.kernel_nodes():
         if node.is_float or node.attrs.get("groups", 1) != 1:
             continue
@@ -37,7 +38,12 @@ def correct_biases(
         exact, rounded = means
         shift = _output_means(graph, node, kernels[node.name], exact)
         shift -= _output_means(graph, node, dequantized_kernel(node), rounded)
-        node.weights["bias"] = (node.weights["bias"] + shift).astype(np.float32)
+        shifts.setdefault(kernel_owner(node), []).append((node, shift))
+    for found in shifts.values():
+        # A kernel that is applied to two tensors has one bias: each takes half of what both need.
+        shift = np.mean([shift for _, shift in found], axis=0)
+        for node, _ in found:
+            node.weights["bias"] = (node.weights["bias"] + shift).astype(np.float32)
 
 
 def _input_means(graph, name, statistics):

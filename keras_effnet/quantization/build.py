@@ -9,16 +9,18 @@ from .fake_quant import (
     ChannelScale,
     Dequantize,
     FakeQuant,
+    OneSided,
     PixelShift,
     QuantizedConv2D,
     QuantizedDense,
     QuantizedDepthwiseConv2D,
 )
-from .graph import Graph, Node
+from .graph import KERNEL_OPS, Graph, Node, kernel_owner
 from .lowering import tensor_params
 from .scheme import FIXED, OUTPUT_RULES, shared_ranges
 
 RANGE_SUFFIX = "_range"
+PART_SUFFIX = "_part"
 
 
 class in_float32(contextlib.ContextDecorator):
@@ -61,7 +63,7 @@ def build_model(
     Returns:
         A Functional `keras.Model` whose layers have the names of the nodes, with new weights.
     """
-    tensors = {}
+    tensors, layers = {}, {}
     groups = shared_ranges(graph) if quantized else []
     shared = {name for group in groups if len(group) > 1 for name in group}
     for node in graph:
@@ -77,7 +79,12 @@ def build_model(
                     for number, (name, tensor) in enumerate(zip(node.inputs, inputs, strict=True))
                 ]
             whole = quantized and not node.is_float
-            tensors[node.name] = _apply(graph, node, inputs, whole, batch_norm)
+            if node.op in KERNEL_OPS:
+                tensors[node.name] = _apply_kernel(
+                    graph, node, inputs[0], whole, batch_norm, layers
+                )
+            else:
+                tensors[node.name] = _apply(node, inputs)
         if quantized and node.params is not None:
             layer = range_layer(
                 node.params.min,
@@ -97,14 +104,20 @@ def _is_quantized(graph: Graph, name: str) -> bool:
     return tensor_params(graph, name) is not None
 
 
-def _apply(graph: Graph, node: Node, inputs: list, quantized: bool, batch_norm: bool):
-    if node.op in ("conv", "depthwise", "dense"):
-        return _apply_kernel(graph, node, inputs[0], quantized, batch_norm)
-    layer = _LAYERS[node.op](node)
-    return layer(inputs if len(inputs) > 1 else inputs[0])
+def _apply(node: Node, inputs: list):
+    output = _LAYERS[node.op](node)(inputs if len(inputs) > 1 else inputs[0])
+    if "part" in node.attrs:
+        output = OneSided(node.attrs["part"], name=node.name + PART_SUFFIX)(output)
+    return output
 
 
-def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm: bool):
+def _apply_kernel(
+    graph: Graph, node: Node, tensor, quantized: bool, batch_norm: bool, layers: dict
+):
+    """Applies the layer of a kernel; quantized kernels that two nodes share are one layer."""
+    name = kernel_owner(node) if quantized else node.name
+    if name in layers:
+        return layers[name](tensor)
     kernel = node.weights["kernel"]
     moments = "deviation" in node.weights and node.op != "dense"
     normalized = quantized and batch_norm and moments
@@ -114,11 +127,11 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm:
                 kernel.shape[1],
                 per_channel=node.attrs["per_channel"],
                 activation=node.attrs["activation"],
-                name=node.name,
+                name=name,
             )
         else:
             layer = keras.layers.Dense(
-                kernel.shape[1], activation=node.attrs["activation"], name=node.name
+                kernel.shape[1], activation=node.attrs["activation"], name=name
             )
     else:
         arguments = {
@@ -128,7 +141,7 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm:
             "dilation_rate": node.attrs["dilation"],
             "data_format": "channels_last",
             "activation": node.attrs["activation"],
-            "name": node.name,
+            "name": name,
         }
         if node.op == "depthwise":
             kind = QuantizedDepthwiseConv2D if quantized else keras.layers.DepthwiseConv2D
@@ -138,6 +151,7 @@ def _apply_kernel(graph: Graph, node: Node, tensor, quantized: bool, batch_norm:
         if normalized:
             arguments["batch_norm"] = True
         layer = kind(**arguments)
+    layers[name] = layer
     output = layer(tensor)
     if quantized:
         source = tensor_params(graph, node.inputs[0])

@@ -244,6 +244,36 @@ class ChannelScale(keras.layers.Layer):
 
 
 @keras.saving.register_keras_serializable(package=PACKAGE)
+class OneSided(keras.layers.Layer):
+    """Keeps the positive or the negative values of a tensor; the others become 0.
+
+    An integer kernel does it by the range of its output, which ends at 0 (`splitting.py`).
+
+    Args:
+        sign: 1 for the positive side, -1 for the negative one.
+        name: Name of the layer.
+
+    Raises:
+        ValueError: If the sign is neither 1 nor -1.
+    """
+
+    def __init__(self, sign, name=None):
+        super().__init__(name=name, trainable=False)
+        if sign not in (1, -1):
+            raise ValueError(f"`sign` must be 1 or -1. Received: {sign!r}")
+        self.sign = sign
+
+    def call(self, inputs):
+        return self.sign * ops.relu(self.sign * inputs)
+
+    def compute_output_shape(self, input_shape):
+        return input_shape
+
+    def get_config(self):
+        return {"name": self.name, "sign": self.sign}
+
+
+@keras.saving.register_keras_serializable(package=PACKAGE)
 class PixelShift(keras.layers.Layer):
     """Adds integers to 8-bit pixels, so that 0 stands for the value that a convolution pads.
 
@@ -538,6 +568,7 @@ __all__ = [
     "ChannelScale",
     "Dequantize",
     "FakeQuant",
+    "OneSided",
     "PixelShift",
     "QuantizedConv2D",
     "QuantizedDense",

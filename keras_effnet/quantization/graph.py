@@ -61,6 +61,11 @@ class Node:
     is_float: bool = False
 
 
+def kernel_owner(node: Node) -> str:
+    """Returns the name of the node whose kernel a node has: its own, unless it shares another's."""
+    return node.attrs.get("kernel_of", node.name)
+
+
 class Graph:
     """Nodes in topological order, with the names of the input and of the outputs."""
 

@@ -12,6 +12,7 @@ from .fake_quant import (
     ChannelScale,
     Dequantize,
     FakeQuant,
+    OneSided,
     PixelShift,
     QuantizedConv2D,
     QuantizedDense,
@@ -20,6 +21,7 @@ from .fake_quant import (
 from .graph import Graph, Node, Reader, functional_of
 from .params import QuantParams, kernel_scales, quantize, quantize_bias, quantize_kernel
 from .scheme import FIXED, OUTPUT_RULES, SAME, fixed_params
+from .sides import is_negative_side, negative_name
 
 
 def is_quantized(model: keras.Model) -> bool:
@@ -159,9 +161,16 @@ class QuantizedReader(Reader):
         if isinstance(layer, ChannelScale):
             factors = keras.ops.convert_to_numpy(layer.factors)
             return self._add(layer, "scale", inputs, shape, weights={"factors": factors})
+        if isinstance(layer, OneSided):
+            self.graph[inputs[0]].attrs["part"] = layer.sign
+            return inputs[0]
         name = super()._convert(layer, inputs, shape)
         if isinstance(layer, QUANTIZED_KERNELS):
             kernel = self.graph[layer.name]
+            if is_negative_side(self.graph, kernel):
+                kernel.attrs["kernel_of"] = layer.name
+                name = negative_name(layer.name)
+                self.graph.rename(layer.name, name)
             kernel.weights.update(
                 kernel=layer.real_kernel(),
                 bias=layer.real_bias(),
@@ -170,6 +179,11 @@ class QuantizedReader(Reader):
             if isinstance(layer, QuantizedDense):
                 kernel.attrs["per_channel"] = layer.per_channel
         return name
+
+    def _refuse_shared(self, layer):
+        # One kernel may be applied to both sides of what was split.
+        if not isinstance(layer, QuantizedConv2D):
+            super()._refuse_shared(layer)
 
     def converters(self):
         same = {

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import keras
 import numpy as np
 
-from . import equalization
+from . import equalization, splitting
 from .bias import correct_biases
 from .build import build_model
 from .calibration import TensorStatistics, calibration_batches, collect
@@ -20,12 +20,13 @@ from .ranges import METHODS, find_range
 from .ranges_file import TensorRange, check_ranges
 from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
+from .sides import bind_ranges, negative_name
 from .ties import remove_ties, round_biases
 
 NATIVE, TFMOT = ENGINES = ("native", "tfmot")
 FOLDED, TRAINED = "folded", "trained"
 BATCH_NORMS = (FOLDED, TRAINED)
-CORRECTIONS = ("swish_equalization", "learned_rounding", "bias_correction")
+CORRECTIONS = ("swish_equalization", "swish_splitting", "learned_rounding", "bias_correction")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,10 @@ class QuantizationConfig:
 
             - "swish_equalization": channels of very different ranges are brought closer through
               the swish that follows them, exactly, for one more multiplication (`equalization`);
+            - "swish_splitting": the two sides of late swishes have steps of their own, for one more
+              product, gating and projection each (`splitting`); left out with
+              `batch_norm="trained"`, since such a projection has no batch norm of its own, and by
+              the engine "tfmot";
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
               (`rounding`); needs a second pass over the data, and about as long as all the rest;
             - "bias_correction": biases take up the mean of the rounding errors (`bias`).
@@ -175,9 +180,11 @@ def quantize_model(
     fold(graph)
     statistics = {} if calibration_data is None else collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
+    _split(graph, statistics, config, ranges)
     if ranges is not None:
         check_ranges(graph, ranges, complete=calibration_data is None)
     _set_ranges(graph, statistics, config, pixels, ranges or {})
+    bind_ranges(graph)
     set_kernel_limits(graph, config.per_channel_head)
     remove_ties(graph, shared_ranges(graph))
     kernels = {node.name: node.weights["kernel"] for node in graph.kernel_nodes()}
@@ -225,6 +232,17 @@ def _equalize(graph, statistics, config):
         return
     least = equalization.LEAST_GAIN if config.equalize == "auto" else None
     equalization.equalize_swish(graph, statistics, candidates, least)
+
+
+def _split(graph, statistics, config, ranges):
+    if "swish_splitting" not in config.corrections or config.batch_norm == TRAINED:
+        return
+    names = splitting.split_candidates(graph)
+    if ranges is None:
+        chosen = [name for name in names if splitting.lobes_are_shallow(statistics[name])]
+    else:  # Those that were split when they were found.
+        chosen = [name for name in names if negative_name(name) in ranges]
+    splitting.split_swishes(graph, chosen, statistics)
 
 
 def _set_ranges(

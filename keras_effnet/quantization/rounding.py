@@ -19,9 +19,9 @@ from keras import ops
 
 from .build import build_model, in_float32
 from .folding import same_padding
-from .graph import Graph, Node
+from .graph import Graph, Node, kernel_owner
 from .lowering import tensor_params
-from .params import KERNEL_MAX, kernel_scales
+from .params import KERNEL_MAX, QuantParams, kernel_scales
 
 # Part of the mean variance that is added to every variance: directions that the photographs hardly
 # show keep their weights. With a tenth of it the kernels suit other photographs less.
@@ -37,7 +37,7 @@ class _Moments(keras.layers.Layer):
     kernel has its own patches for each channel, the others one set for all.
     """
 
-    def __init__(self, node: Node, params, shape, name):
+    def __init__(self, node: Node, params: list[QuantParams], shape, name):
         super().__init__(name=name)
         self.depthwise, self.dense = node.op == "depthwise", node.op == "dense"
         self.kernel_size = node.weights["kernel"].shape[:2]
@@ -57,9 +57,12 @@ class _Moments(keras.layers.Layer):
         self.places = len(self.chosen)
 
     def call(self, inputs):
-        rounded = self._patches(
-            keras.quantizers.fake_quant_with_min_max_vars(inputs, self.params.min, self.params.max)
-        )
+        sides = [
+            keras.quantizers.fake_quant_with_min_max_vars(side, params.min, params.max)
+            for side, params in zip(inputs, self.params, strict=True)
+        ]
+        # A kernel that is applied to both sides of a tensor meets their sum.
+        rounded = self._patches(sum(sides[1:], sides[0]))
         # About the mean of the batch: float32 loses a variance that is small beside the mean.
         mean = ops.mean(rounded, axis=1, keepdims=True)
         products = ops.matmul(ops.transpose(rounded - mean, (0, 2, 1)), rounded - mean)
@@ -122,17 +125,22 @@ def collect_covariances(
         Covariances of the rounded patches by the name of the node, shape (sets, size, size).
     """
     nodes = [node for node in graph.kernel_nodes() if _is_covered(node)]
-    sources = sorted({node.inputs[0] for node in nodes})
+    read = {
+        node.name: [
+            other.inputs[0] for other in graph.kernel_nodes() if kernel_owner(other) == node.name
+        ]
+        for node in nodes
+    }
+    sources = sorted({name for names in read.values() for name in names})
     model = build_model(graph, quantized=False, observed=tuple(sources))
     tensors = dict(zip(sources, model.outputs, strict=True))
     layers, outputs = [], []
     for node in nodes:
-        source = node.inputs[0]
-        layer = _Moments(
-            node, tensor_params(graph, source), graph[source].shape, f"{node.name}_moments"
-        )
+        names = read[node.name]
+        params = [tensor_params(graph, name) for name in names]
+        layer = _Moments(node, params, graph[names[0]].shape, f"{node.name}_moments")
         layers.append(layer)
-        outputs.append(layer(tensors[source]))
+        outputs.append(layer([tensors[name] for name in names]))
     observer = keras.Model(model.inputs[0], outputs)
     sums: list = [None] * len(nodes)
     images = 0
@@ -208,11 +216,15 @@ def round_kernels(graph: Graph, covariances: dict[str, np.ndarray]) -> None:
         node = graph[name]
         rows, scales = _rows(node), _steps(node)
         integers = round_kernel(rows, scales, covariance)
-        _replace(node, integers * scales[:, :, None])
+        kernel = _kernel(node, integers * scales[:, :, None])
+        for other in graph.kernel_nodes():
+            if kernel_owner(other) == name:
+                other.weights["kernel"] = kernel
 
 
 def _is_covered(node: Node) -> bool:
-    return not node.is_float and node.attrs.get("groups", 1) == 1
+    is_own = kernel_owner(node) == node.name
+    return is_own and not node.is_float and node.attrs.get("groups", 1) == 1
 
 
 def _steps(node: Node) -> np.ndarray:
@@ -232,7 +244,7 @@ def _rows(node: Node) -> np.ndarray:
     return kernel.reshape(-1, kernel.shape[3]).T[None]
 
 
-def _replace(node: Node, rows: np.ndarray) -> None:
-    """Sets the kernel of a node from rows."""
+def _kernel(node: Node, rows: np.ndarray) -> np.ndarray:
+    """Returns rows in the shape of the kernel of a node."""
     columns = rows[:, 0, :].T if node.op == "depthwise" else rows[0].T
-    node.weights["kernel"] = columns.reshape(node.weights["kernel"].shape).astype(np.float32)
+    return columns.reshape(node.weights["kernel"].shape).astype(np.float32)

@@ -20,10 +20,11 @@ specification (https://ai.google.dev/edge/litert/models/quantization_spec).
 
 import numpy as np
 
-from .graph import Graph, Node
+from .graph import Graph, Node, kernel_owner
 from .lowering import integer_factors, tensor_params
 from .params import INT8_MIN, KERNEL_MAX, UNIT_INTERVAL, QuantParams, kernel_scales
 from .scheme import OUTPUT_RULES, OWN, SAME, SUM_STEPS
+from .sides import FINER, is_negative_side, side_params, sides
 
 # Larger ratios leave less room than float32 sums need; a kernel channel is then far finer than
 # the output's step, so that coarser steps cost nothing.
@@ -63,15 +64,22 @@ def remove_ties(graph: Graph, groups: list[list[str]]) -> None:
             groups of several keep their scales.
     """
     fixed = {name for group in groups if len(group) > 1 for name in group}
+    pairs = sides(graph)
+    negative_sides = {positive: graph[negative] for negative, positive in pairs.items()}
     for node in graph:
         unscaled = any(_scale(graph, name) is None for name in node.inputs)
         if node.is_float or node.name in fixed or unscaled:
             continue
-        if OUTPUT_RULES[node.op] == OWN and node.params is not None:
+        if OUTPUT_RULES[node.op] == OWN and node.params is not None and node.name not in pairs:
             _ALIGN.get(node.op, _leave)(graph, node, fixed)
+            if node.name in negative_sides:
+                negative = negative_sides[node.name]
+                negative.params = side_params(node.params, negative.params)
     for node in graph.kernel_nodes():
-        if not node.is_float:
+        if not node.is_float and node.name not in pairs:
             _align_kernel(graph, node)
+            if node.name in negative_sides:
+                negative_sides[node.name].weights["limits"] = node.weights["limits"]
 
 
 def _scale(graph: Graph, name: str) -> float | None:
@@ -98,7 +106,9 @@ def _free(graph, node, fixed):
 
 def _product(graph, node, fixed):
     first, second = (_scale(graph, name) for name in node.inputs)
-    _set_ratio(graph, node, first * second)
+    # The negative side of a product that was split is computed from the same tensors, in finer
+    # steps.
+    _set_ratio(graph, node, first * second * (FINER if "part" in node.attrs else 1))
 
 
 def _channel_scale(graph, node, fixed):
@@ -121,6 +131,10 @@ def _set_ratio(graph, node, step):
 
 def _sum(graph, node, fixed):
     """Makes the scales of a sum p : SUM_STEPS : R with integers p and R, R odd."""
+    if _adds_sides(graph, node):
+        step = _scale(graph, node.inputs[1]) / SUM_STEPS
+        _set(node, step * odd(node.params.scale / step))
+        return
     for name, other in (node.inputs, node.inputs[::-1]):
         chain = _movable(graph, name, node, fixed)
         if chain is None:
@@ -146,10 +160,16 @@ def _sum(graph, node, fixed):
         return
 
 
+def _adds_sides(graph: Graph, node: Node) -> bool:
+    """Whether a node adds the positive and the negative side of a tensor (`sides.py`)."""
+    return is_negative_side(graph, graph[node.inputs[1]])
+
+
 def _movable(graph: Graph, name: str, reader: Node, fixed: set[str]) -> list[Node] | None:
     """Returns the nodes whose scales can be moved together with that of a tensor.
 
-    Those are a layer with a kernel that only `reader` reads, or such a layer with its swish.
+    Those are a layer with a kernel that only `reader` reads, or such a layer with its swish, or
+    with its other side and their sum.
     """
     node = graph[name]
     while OUTPUT_RULES[node.op] == SAME and not node.is_float:  # Dropout.
@@ -160,6 +180,8 @@ def _movable(graph: Graph, name: str, reader: Node, fixed: set[str]) -> list[Nod
         return None
     if node.op in ("conv", "depthwise", "dense"):
         return [node]
+    if node.op == "add" and not node.is_float and _adds_sides(graph, node):
+        return [node, *(graph[side] for side in node.inputs)]
     if node.op != "mul" or node.is_float:
         return None
     gates = [graph[source] for source in node.inputs if graph[source].op == "sigmoid"]
@@ -223,12 +245,15 @@ def round_biases(graph: Graph) -> None:
     They are integers of these steps in a file; without this the Keras model would keep more.
     """
     for node in graph.kernel_nodes():
+        # Where a kernel is applied to both sides, its bias is a multiple of the coarser steps.
+        sharers = [other for other in graph.kernel_nodes() if kernel_owner(other) == node.name]
         source = None if node.is_float else _scale(graph, node.inputs[0])
-        if source is None:
+        if source is None or not sharers:
             continue
         steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
         bias = np.round(node.weights["bias"].astype(np.float64) / steps) * steps
-        node.weights["bias"] = bias.astype(np.float32)
+        for other in sharers:
+            other.weights["bias"] = bias.astype(np.float32)
 
 
 _ALIGN = {

@@ -19,10 +19,12 @@ from keras_effnet.data import open_images, read_labels
 from keras_effnet.export import TFLiteRunner, read_tflite, to_tflite
 from keras_effnet.export.int8_tflite import convert_quantized
 from keras_effnet.quantization import (
+    CORRECTIONS,
     QuantizationConfig,
     is_quantized,
     quantize_model,
     settle,
+    splitting,
     tfmot,
 )
 from keras_effnet.quantization.lowering import integer_kernel, read_quantized
@@ -43,7 +45,8 @@ SAME = 0.999
 # A scale that goes through its range and back may differ in the last bit of a float32.
 SCALE_TOLERANCE = 1e-6
 CONFIG = QuantizationConfig(method="min_max", corrections=(), per_channel_head=False)
-FULL = QuantizationConfig(per_channel_head=False, equalize="all")
+UNSPLIT = tuple(name for name in CORRECTIONS if name != "swish_splitting")
+FULL = QuantizationConfig(per_channel_head=False, equalize="all", corrections=UNSPLIT)
 
 
 @pytest.fixture(scope="module")
@@ -597,6 +600,17 @@ def test_native_models_that_the_engine_cannot_take(small, images):
     config = dataclasses.replace(CONFIG, training_ranges="learned")
     with pytest.raises(ValueError, match="are learned by gradient"):
         tfmot.to_tf_keras(quantize_model(small, images, config, verbose=False))
+
+
+def test_swishes_that_are_split_are_refused_and_not_made(model, images, monkeypatch):
+    monkeypatch.setattr(splitting, "REDUCTION", 1)
+    monkeypatch.setattr(splitting, "lobes_are_shallow", lambda statistics: True)
+    config = dataclasses.replace(CONFIG, corrections=("swish_splitting",))
+    with pytest.raises(ValueError, match=r"splits swishes.*Received: \['"):
+        tfmot.to_tf_keras(quantize_model(model, images, config, verbose=False))
+    twin = tfmot.quantize_model(model, images, config, verbose=False)
+    native = quantize_model(model, images, CONFIG, verbose=False)
+    np.testing.assert_allclose(run(twin, images[:4]), predict(native, images[:4]), atol=TOLERANCE)
 
 
 def test_models_of_another_scheme_are_refused():

@@ -51,7 +51,8 @@ def to_tf_keras(model: keras.Model) -> tf_keras.Model:
         ImportError: If tf_keras or tensorflow-model-optimization is not installed.
         TypeError: If the model is none of Keras 3 or not Functional, or a layer has no twin.
         ValueError: If a layer has a regularizer or a constraint, or if a quantized model keeps
-            layers in float, learns its ranges or has dense layers with one scale for each unit.
+            layers in float, learns its ranges, splits swishes or has dense layers with one scale
+            for each unit.
     """
     import_tfmot()
     from .twin import to_twin
@@ -100,7 +101,8 @@ def quantize_model(
         model: See `quantization.quantize_model`.
         calibration_data: Likewise.
         config: Likewise, with `per_channel_head=False`, which is the default here: TensorFlow's
-            converter takes one scale for a dense kernel. `keep_float` must be empty.
+            converter takes one scale for a dense kernel. `keep_float` must be empty, and
+            "swish_splitting" is left out: tfmot has one kernel for each call of a layer.
             `training_ranges` is "fixed", or "moving_average", by which the ranges of tensors
             follow their extremes in training, as tfmot's own quantizers do.
         verbose: Whether to show the progress of calibration.
@@ -127,6 +129,8 @@ def quantize_model(
             kept = tuple(name for name in config.corrections if name != "learned_rounding")
             config = dataclasses.replace(config, corrections=kept)
     _check(config, preserve_sparsity)
+    kept = tuple(name for name in config.corrections if name != "swish_splitting")
+    config = dataclasses.replace(config, corrections=kept)
     quantized = quantize.quantize_model(model, calibration_data, config, verbose, ranges)
     return to_twin(quantized, preserve_sparsity)
 

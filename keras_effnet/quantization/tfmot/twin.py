@@ -125,6 +125,13 @@ def to_twin(model: keras.Model, preserve_sparsity: bool = False) -> tf_keras.Mod
             f"{model.name!r} keeps layers in float; tensorflow-model-optimization quantizes all. "
             "Quantize with `keep_float=()`."
         )
+    split = [node.layer for node in graph if "part" in node.attrs]
+    if split:
+        raise ValueError(
+            f"{model.name!r} splits swishes, whose kernels tensorflow-model-optimization cannot "
+            'share. Quantize without "swish_splitting" in `corrections`. '
+            f"Received: {split[:5]}"
+        )
     modes = {
         call.layer.name.removesuffix(RANGE_SUFFIX): call.layer.ranges
         for call in _flatten(functional, _keras_node, keras.Model)[0]
