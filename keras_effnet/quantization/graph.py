@@ -136,6 +136,10 @@ class Graph:
         """Returns convolutions, depthwise convolutions and dense layers."""
         return [node for node in self if node.op in KERNEL_OPS]
 
+    def applications(self, name: str) -> list[Node]:
+        """Returns the nodes that apply the kernel of a node, which is among them."""
+        return [node for node in self.kernel_nodes() if kernel_owner(node) == name]
+
 
 def read_model(model: keras.Model, keep_float: tuple[str, ...] = ()) -> Graph:
     """Reads a Functional (or Sequential) model with one input.

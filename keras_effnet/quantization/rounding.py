@@ -126,10 +126,7 @@ def collect_covariances(
     """
     nodes = [node for node in graph.kernel_nodes() if _is_covered(node)]
     read = {
-        node.name: [
-            other.inputs[0] for other in graph.kernel_nodes() if kernel_owner(other) == node.name
-        ]
-        for node in nodes
+        node.name: [other.inputs[0] for other in graph.applications(node.name)] for node in nodes
     }
     sources = sorted({name for names in read.values() for name in names})
     model = build_model(graph, quantized=False, observed=tuple(sources))
@@ -217,9 +214,8 @@ def round_kernels(graph: Graph, covariances: dict[str, np.ndarray]) -> None:
         rows, scales = _rows(node), _steps(node)
         integers = round_kernel(rows, scales, covariance)
         kernel = _kernel(node, integers * scales[:, :, None])
-        for other in graph.kernel_nodes():
-            if kernel_owner(other) == name:
-                other.weights["kernel"] = kernel
+        for other in graph.applications(name):
+            other.weights["kernel"] = kernel
 
 
 def _is_covered(node: Node) -> bool:

@@ -25,10 +25,13 @@ import numpy as np
 
 from .calibration import TensorStatistics
 from .graph import Graph, Node
-from .sides import FINER, NEGATIVE, POSITIVE, POSITIVE_SUFFIX, negative_name
+from .sides import NEGATIVE, POSITIVE, POSITIVE_SUFFIX, negative_name
 
 # Swishes are split where images have so many times fewer rows and columns than the input.
 REDUCTION = 32
+# A swish is split if it reaches so many times as far up as down: finer steps hold all of its lobe
+# then, and of the means over it, and there are too few without them.
+LEAST_REACH = 20
 
 
 def split_candidates(graph: Graph) -> list[str]:
@@ -84,11 +87,8 @@ def _path(graph: Graph, swish: Node) -> tuple[Node, Node | None, Node | None] | 
 
 
 def lobes_are_shallow(statistics: TensorStatistics) -> bool:
-    """Whether the negative lobe of a swish is so small beside its reach that it gains by a split.
-
-    Then the finer steps of the negative side hold all of it.
-    """
-    return float(statistics.high.max()) >= -FINER * float(statistics.low.min())
+    """Whether the negative lobe of a swish is so small beside its reach that a split gains."""
+    return float(statistics.high.max()) >= -LEAST_REACH * float(statistics.low.min())
 
 
 def split_swishes(

@@ -245,14 +245,13 @@ def round_biases(graph: Graph) -> None:
     They are integers of these steps in a file; without this the Keras model would keep more.
     """
     for node in graph.kernel_nodes():
-        # Where a kernel is applied to both sides, its bias is a multiple of the coarser steps.
-        sharers = [other for other in graph.kernel_nodes() if kernel_owner(other) == node.name]
         source = None if node.is_float else _scale(graph, node.inputs[0])
-        if source is None or not sharers:
+        if source is None or kernel_owner(node) != node.name:
             continue
         steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
         bias = np.round(node.weights["bias"].astype(np.float64) / steps) * steps
-        for other in sharers:
+        # Where a kernel is applied to both sides, the steps of the positive one are the coarser.
+        for other in graph.applications(node.name):
             other.weights["bias"] = bias.astype(np.float32)
 
 

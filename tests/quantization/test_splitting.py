@@ -161,7 +161,7 @@ def test_large_images_outputs_and_what_stays_float_are_left_alone(tiny, monkeypa
     assert split_candidates(folded(tiny)) == []
 
 
-@pytest.mark.parametrize("reach, shallow", [(1.3, False), (1.5, True)])
+@pytest.mark.parametrize("reach, shallow", [(5.5, False), (5.7, True)])
 def test_only_swishes_that_reach_far_are_split(reach, shallow):
     def body(x):
         x = layers.DepthwiseConv2D(3, strides=2, activation="swish", name="dw")(x)
