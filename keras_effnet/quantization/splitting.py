@@ -47,7 +47,6 @@ def split_candidates(graph: Graph) -> list[str]:
         if (
             node.op == "mul"
             and depthwise
-            and "part" not in node.attrs
             and all(size <= most for size, most in zip(node.shape, largest, strict=False))
             and any(graph[name].op == "sigmoid" for name in node.inputs)
             and _path(graph, node) is not None
@@ -154,12 +153,9 @@ def _twin(graph: Graph, node: Node, inputs: list[str]) -> Node:
 
 def _sum(graph: Graph, first: Node, second: Node, name: str) -> Node:
     """Adds the sum of both sides, which all readers of the first one read from now on."""
-    readers = [reader.name for reader in graph.consumers(first.name)]
     total = Node(name, "add", [first.name, second.name], first.shape, first.layer)
     graph.add(total, after=second.name)
-    for reader in readers:
-        node = graph[reader]
-        node.inputs = [name if other == first.name else other for other in node.inputs]
+    graph.redirect(first.name, name, but=(name,))
     return total
 
 
