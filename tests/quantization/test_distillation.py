@@ -153,6 +153,27 @@ def test_mixup_blends_with_another_image(tiny, student, tiny_images, monkeypatch
     assert 0 < blended.sum() < len(levels)
 
 
+def test_mirror_images_and_blends_are_measured_too(tiny, student, tiny_images, monkeypatch):
+    runs, train = [], distillation._Run.train
+
+    def watched(self, verbose):
+        runs.append(self)
+        return train(self, verbose)
+
+    monkeypatch.setattr(distillation._Run, "train", watched)
+    for options in ({"mixup": 0.5}, {"flip": False}):
+        config = DistillationConfig(**FAST, epochs=1, **options)
+        distill(tiny, copy_of(student), tiny_images, config, verbose=False)
+    all_views, plain = (run.held.astype(np.float32) for run in runs)
+    assert len(plain) == 5 and len(all_views) == 15  # A fifth of the images.
+    held, mirrored, blended = np.split(all_views, 3)
+    np.testing.assert_array_equal(held, plain)
+    np.testing.assert_array_equal(mirrored, plain[:, :, ::-1])
+    assert np.abs(blended - (plain + plain[[-1, 0, 1, 2, 3]]) / 2).max() <= 0.5
+    scores = tiny.predict(all_views, verbose=0)
+    np.testing.assert_allclose(keras.ops.softmax(runs[0].wanted), scores, atol=1e-5)
+
+
 def test_features_without_classes(tiny_images):
     def trunk(x):
         x = keras.layers.Conv2D(4, 3, padding="same", activation="relu")(x)
