@@ -354,7 +354,10 @@ class _Run:
         config = self.config
         ends = _stage_ends(self.teacher, self.boundaries) if config.feature_weight else []
         teacher = self._observed([self.names[0], *ends])
-        tensors = [self._tensor(name) for name in (self.names[1], *ends)]
+        # The scores before they are rounded: the range of a classifier's scores ends where larger
+        # ones change no probability, but a temperature brings what lies beyond into the loss.
+        scores = self.model.get_layer(self.names[1]).output
+        tensors = [scores, *(self._tensor(name) for name in ends)]
         trainer = keras.Model(self.model.inputs[0], tensors)
         classes = len(self.wanted.shape) == 2
         losses = [self._divergence(config.temperature) if classes else _relative_error]

@@ -21,6 +21,7 @@ from keras_effnet.quantization import (
     quantize_model,
     settle,
 )
+from keras_effnet.quantization.build import RANGE_SUFFIX
 from keras_effnet.quantization.distillation import boundaries
 from keras_effnet.quantization.fake_quant import QUANTIZED_KERNELS
 from keras_effnet.quantization.lowering import read_quantized
@@ -172,6 +173,21 @@ def test_mirror_images_and_blends_are_measured_too(tiny, student, tiny_images, m
     assert np.abs(blended - (plain + plain[[-1, 0, 1, 2, 3]]) / 2).max() <= 0.5
     scores = tiny.predict(all_views, verbose=0)
     np.testing.assert_allclose(keras.ops.softmax(runs[0].wanted), scores, atol=1e-5)
+
+
+def test_a_temperature_sees_beyond_the_range(tiny, tiny_quantized, tiny_images, capsys):
+    """A range of scores that cuts off what changes no probability is no error to be learned."""
+    graph = read_quantized(tiny_quantized)
+    scores = graph[graph.outputs[0]].inputs[0]
+    config = DistillationConfig(epochs=1, learning_rate=1e-9, temperature=4.0)
+    losses = []
+    for narrow in (False, True):
+        student = copy_of(tiny_quantized)
+        if narrow:
+            student.get_layer(scores + RANGE_SUFFIX).set_range(-0.3, 0.2)
+        distill(tiny, student, tiny_images, config, verbose=2)
+        losses.append(float(capsys.readouterr().out.rsplit("loss: ", 1)[1].split()[0]))
+    assert losses[0] == losses[1]
 
 
 def test_features_without_classes(tiny_images):
