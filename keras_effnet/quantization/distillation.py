@@ -102,8 +102,8 @@ class Distillation:
     """What `distill` did.
 
     Attributes:
-        before: Mean KL divergence (nats) from the float model on the held-back images, their
-            mirror images and blends, at the start.
+        before: Mean KL divergence (nats) from the float model on what is held back (see
+            `validation_share`), at the start.
         after: The same of the state that was kept.
         epochs: The same after each epoch, or block.
         kept: Number of the epoch, or block, whose state was kept; 0 is the start.
