@@ -3,7 +3,9 @@
     python benchmarks/training_step.py [--model EfficientNetB0] [--steps 12] [--overwrite]
 
 Every kind runs in a process of its own, in turns of `--rounds`; the step is compiled and fed from
-memory. Peak memory is that of the process. Results go to `benchmarks/results/training_step.*`.
+memory. Peak memory is that of the process. glibc keeps freed memory, as in the commands that train,
+but for two kinds, which show what the step takes without. Results go to
+`benchmarks/results/training_step.*`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from typing import Any
 
 from common import RESULTS, describe_machine, machine_line, write_whole
 
@@ -29,10 +32,14 @@ KINDS = {
     "qat_norms": ("native QAT, batch norms trained", "float"),
     "tf_keras": ("tf_keras float twin of tfmot", None),
     "tfmot": ("tfmot QAT", "tf_keras"),
+    "folded_returned": ("float, batch norms folded, freed memory returned", "folded"),
+    "qat_returned": ("native QAT, fixed ranges, freed memory returned", "folded_returned"),
 }
+# How these kinds end, whose malloc is as glibc has it.
+RETURNED = "_returned"
 
 
-def make(kind: str, name: str):
+def make(kind: str, name: str) -> tuple[Any, Any]:
     """Returns (model, keras module) to train; ranges come from a few random images."""
     import keras
     import numpy as np
@@ -68,7 +75,11 @@ def measure(kind: str, name: str, batch: int, steps: int) -> dict:
     """Times steps in this process."""
     import numpy as np
 
-    model, library = make(kind, name)
+    from keras_effnet.cli.common import keep_freed_memory
+
+    if not kind.endswith(RETURNED):
+        keep_freed_memory()
+    model, library = make(kind.removesuffix(RETURNED), name)
     optimizer = library.optimizers.Adam(1e-5)
     arguments = {} if library.__name__ == "tf_keras" else {"jit_compile": False}
     model.compile(optimizer, "sparse_categorical_crossentropy", **arguments)
@@ -131,7 +142,11 @@ def main() -> None:
         for kind in args.kinds:
             command = [sys.executable, __file__, "--measure", kind, "--model", args.model]
             command += ["--batch", str(args.batch), "--steps", str(args.steps)]
-            environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+            environment = {
+                name: value
+                for name, value in os.environ.items()
+                if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
+            } | {"TF_CPP_MIN_LOG_LEVEL": "3"}
             result = subprocess.run(
                 command, env=environment, stdout=subprocess.PIPE, text=True, check=True
             )
@@ -144,7 +159,8 @@ def main() -> None:
     machine = describe_machine(("keras", "tensorflow", "tf_keras", "tensorflow-model-optimization"))
     text = (
         f"# A training step of {args.model}, batch {args.batch}, TensorFlow\n\n"
-        f"Median of {args.rounds} processes, each the median of {args.steps} steps.\n\n"
+        f"Median of {args.rounds} processes, each the median of {args.steps} steps. glibc keeps "
+        "freed memory, unless the row says that it is returned, as it is by default.\n\n"
         f"{table(rows)}\n\n{machine_line(machine)}\n"
     )
     write_whole(RESULTS / "training_step.md", text)

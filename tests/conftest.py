@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from keras_effnet.cli.common import keep_freed_memory
+
 # Read by TensorFlow when it is first imported.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+keep_freed_memory()
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -14,6 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 SUCCESS, FAILURE, USAGE, INTERRUPTED = 0, 1, 2, 130
+# What glibc's malloc.h calls the parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
 
 _T = TypeVar("_T")
 
@@ -32,6 +35,7 @@ def guarded(args: argparse.Namespace) -> int:
         The exit code.
     """
     mute_native_logs(args.debug)
+    keep_freed_memory()
     with _noted_interrupts() as interrupts:
         try:
             args.run(args)
@@ -92,6 +96,30 @@ def mute_native_logs(debug: bool = False) -> None:
         ("GRPC_VERBOSITY", "ERROR"),
     ):
         os.environ.setdefault(variable, level)
+
+
+def keep_freed_memory() -> None:
+    """Lets glibc reuse freed memory, unless the user has set up malloc.
+
+    A training step frees and takes some gigabytes. glibc returns them to the system each time, and
+    the page faults of taking them again cost up to half of the step on a CPU
+    (`benchmarks/training_step.py`). Does nothing where the C library is another one.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    if "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
+        return
+    try:
+        is_glibc = bool(os.confstr("CS_GNU_LIBC_VERSION"))
+    except (AttributeError, ValueError):
+        is_glibc = False
+    if not is_glibc:
+        return
+    mallopt = ctypes.CDLL(None).mallopt
+    mallopt(_M_TRIM_THRESHOLD, -1)
+    # Blocks of their own are unmapped when they are freed, and heaps of threads hold no large ones.
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_ARENA_MAX, 1)
 
 
 def start_tensorflow() -> None:

@@ -1,5 +1,6 @@
 import argparse
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -170,6 +171,54 @@ def test_a_script_runs_from_a_checkout_that_is_not_installed(tmp_path):
     )
     assert "No module named 'keras_effnet'" not in result.stderr
     assert "No module named" in result.stderr  # Keras, which does come from an installation.
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+@pytest.mark.parametrize(
+    ("variable", "kept"),
+    [("", True), ("MALLOC_MMAP_MAX_=1000", False), ("GLIBC_TUNABLES=glibc.malloc.check=0", False)],
+)
+def test_freed_memory_is_kept_unless_the_user_has_set_up_malloc(variable, kept):
+    code = """
+        import resource, threading
+        from keras_effnet.cli import common
+
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            bytearray(b"x") * 50_000_000
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        def measure():
+            found.append(faults())
+            found.append(faults())
+
+        common.keep_freed_memory()
+        found = []
+        measure()
+        # Another thread would have an arena of its own.
+        thread = threading.Thread(target=measure)
+        thread.start()
+        thread.join()
+        print(*found)
+    """
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("MALLOC_") and name != "GLIBC_TUNABLES"
+    }
+    environment.update([variable.split("=", 1)] if variable else [])
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    first, *again = (int(word) for word in result.stdout.split())
+    pages = 50_000_000 // os.sysconf("SC_PAGESIZE")
+    assert first > 0.9 * pages
+    assert [count < 0.1 * pages for count in again] == [kept] * 3, result.stdout
 
 
 def test_progress_passes_items_on_and_is_silent_without_a_terminal(capsys):
