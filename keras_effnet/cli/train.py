@@ -193,16 +193,24 @@ def add_training(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_augmentation(parser: argparse.ArgumentParser) -> None:
-    """Adds the arguments on what is done to training images."""
+def add_augmentation(
+    parser: argparse.ArgumentParser, min_area: float = 0.35, mixup: str = "0, none"
+) -> None:
+    """Adds the arguments on what is done to training images.
+
+    Args:
+        parser: Of the command.
+        min_area: The default of `--min-area`.
+        mixup: What the help tells of the default of `--mixup`.
+    """
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--min-area",
         metavar="SHARE",
         type=float,
-        default=0.35,
+        default=min_area,
         help="least part of a photograph that a random crop keeps; 1 for no random crops "
-        "(default: 0.35)",
+        f"(default: {min_area:g})",
     )
     group.add_argument("--no-flip", action="store_true", help="never mirror an image")
     group.add_argument(
@@ -216,7 +224,7 @@ def add_augmentation(parser: argparse.ArgumentParser) -> None:
         "--magnitude", metavar="X", type=float, default=9.0, help="theirs, in 0..10 (default: 9)"
     )
     group.add_argument(
-        "--mixup", metavar="ALPHA", type=float, default=0.0, help="e.g. 0.2 (default: 0, none)"
+        "--mixup", metavar="ALPHA", type=float, default=0.0, help=f"e.g. 0.2 (default: {mixup})"
     )
     group.add_argument(
         "--cutmix", metavar="ALPHA", type=float, default=0.0, help="e.g. 1 (default: 0, none)"

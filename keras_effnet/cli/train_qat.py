@@ -39,19 +39,19 @@ if TYPE_CHECKING:
 
 FLOAT_FILE, PTQ_FILE, QAT_FILE = "float.tflite", "ptq.tflite", "qat.tflite"
 PTQ_MODEL, QAT_MODEL, REPORT = "ptq.keras", "qat.keras", "report.json"
-# With labels; those of distillation are its own.
-_LEARNING_RATE, _EPOCHS = 1e-4, 5
+# In training with labels; those of distillation are its own.
+_DEFAULTS = {"epochs": 5, "learning_rate": 3e-5, "ema": 0.95, "mixup": 0.0}
 _FREEZE_AFTER = 0.3
 # Outputs of a softmax sum to 1; in float32 over 1000 classes to within this.
 _SUM_TOLERANCE = 1e-3
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
-    "teacher_weight": 0.0,
+    "teacher_weight": 0.8,
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
-    "min_area": 0.35,
+    "min_area": 0.8,
     "rand_augment": 0,
     "magnitude": 9.0,
     "cutmix": 0.0,
@@ -114,13 +114,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--epochs",
         metavar="N",
         type=common.positive_int,
-        help=f"passes over the images (default: {_EPOCHS}; at most 20 with --distill)",
+        help="passes over the images (default: 5; with --distill as many as make about 400 steps, "
+        "but at least 5 and at most 20)",
     )
     training.add_argument(
         "--learning-rate",
         metavar="X",
         type=float,
-        help=f"the largest one (default: {_LEARNING_RATE:g}; 3e-05 with --distill)",
+        help="the largest one (default: 3e-5)",
     )
     training.add_argument(
         "--batch-size", metavar="N", type=common.positive_int, default=16, help="(default: 16)"
@@ -136,8 +137,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--ema",
         metavar="MOMENTUM",
         type=float,
-        default=0.0,
-        help="evaluate and keep a moving average of the weights (default: 0, none)",
+        help="evaluate and keep a moving average of the weights; 0 for none (default: 0.95)",
     )
     labelled = parser.add_argument_group("training with labels")
     labelled.add_argument("--label-smoothing", metavar="X", type=float, help="(default: 0)")
@@ -146,7 +146,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         type=float,
         help="of the float model's predictions in the targets, beside the labels; with it the "
-        "files agree more with the float model (default: 0)",
+        "files agree more with the float model (default: 0.8)",
     )
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
@@ -155,7 +155,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("none", "balanced"),
         help="balanced: images of rare classes weigh more (default: none)",
     )
-    train.add_augmentation(parser)
+    train.add_augmentation(parser, _OF_LABELS["min_area"], mixup="0, none; 1 with --distill")
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument(
         "--distill", action="store_true", help="learn from the float model; no labels are needed"
@@ -180,7 +180,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "names",
     )
     # Whether one of them was given shows when it is checked.
-    parser.set_defaults(mixed_precision=None, **dict.fromkeys(_OF_LABELS))
+    parser.set_defaults(mixed_precision=None, **dict.fromkeys((*_OF_LABELS, *_DEFAULTS)))
 
 
 def run(args: argparse.Namespace) -> None:
@@ -292,7 +292,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(
             "--distill freezes no moving averages: use --training-ranges fixed or learned."
         )
-    for name, default in _OF_LABELS.items():
+    for name, default in (_OF_LABELS if args.distill else _OF_LABELS | _DEFAULTS).items():
         if getattr(args, name) is None:
             setattr(args, name, default)
 
@@ -383,9 +383,7 @@ class _Labelled(_Job):
 
     def _phase(self) -> dict[str, Any]:
         args = self.args
-        epochs = _EPOCHS if args.epochs is None else args.epochs
-        rate = _LEARNING_RATE if args.learning_rate is None else args.learning_rate
-        return {"name": "qat", "epochs": epochs, "learning_rate": rate}
+        return {"name": "qat", "epochs": args.epochs, "learning_rate": args.learning_rate}
 
     def settings(self) -> dict[str, Any]:
         return self._told() | train.settings_of(

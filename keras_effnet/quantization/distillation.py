@@ -33,6 +33,8 @@ MODES = (END_TO_END, BLOCK_WISE)
 # Share of the steps in which the learning rate rises from 0: Adam's first steps are as long as all
 # others, whatever the gradient.
 WARM_UP = 0.1
+# By default there are so many epochs that they make about so many steps, within the bounds.
+_STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 400, 5, 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,8 @@ class DistillationConfig:
     Args:
         mode: "end_to_end", or "block_wise", which trains one block after the other and end to end
             no more.
-        epochs: Most passes over the images (of each block, in block-wise mode), at least 1.
+        epochs: Most passes over the images (of each block, in block-wise mode), at least 1. By
+            default as many as make about 400 steps, but at least 5 and at most 20.
         batch_size: Images of one step, at least 1.
         learning_rate: Largest one of Adam, positive. Weights are stored in units of their range:
             1e-4 is about 1/80 of a kernel's step.
@@ -56,7 +59,7 @@ class DistillationConfig:
         flip: Whether every other image is mirrored.
         mixup: Each image is blended with another one by a part drawn from Beta(mixup, mixup); 0 for
             none, 1 for any part alike. The float model tells what to make of them, and they show
-            more of it than few photographs do (Beyer et al., 2021, section 3.1,
+            more of it than the photographs alone do (Beyer et al., 2021, section 3.1,
             https://arxiv.org/abs/2106.05237).
         ema: Momentum of a moving average of the weights, which is then measured and kept, in
             [0, 1); 0 for none.
@@ -67,24 +70,24 @@ class DistillationConfig:
     """
 
     mode: str = END_TO_END
-    epochs: int = 20
+    epochs: int | None = None
     batch_size: int = 16
     learning_rate: float = 3e-5
     temperature: float = 1.0
     feature_weight: float = 0.0
     validation_share: float = 0.2
-    patience: int = 4
+    patience: int = 10
     shift: int = 8
     flip: bool = True
-    mixup: float = 0.0
-    ema: float = 0.0
+    mixup: float = 1.0
+    ema: float = 0.95
     seed: int = 0
 
     def __post_init__(self):
         check_values(
             self,
             mode=(self.mode in MODES, f"one of {MODES}"),
-            epochs=(self.epochs >= 1, "at least 1"),
+            epochs=(self.epochs is None or self.epochs >= 1, "at least 1"),
             batch_size=(self.batch_size >= 1, "at least 1"),
             learning_rate=(0 < self.learning_rate < np.inf, "positive"),
             temperature=(0 < self.temperature < np.inf, "positive"),
@@ -274,6 +277,8 @@ class _Run:
         self.teacher, self.model, self.images = teacher, model, images
         self.config, self.rng, self.used = config, rng, used
         self.steps = -(-len(used) // config.batch_size)
+        epochs = min(max(round(_STEPS / self.steps), _LEAST_EPOCHS), _MOST_EPOCHS)
+        self.epochs = epochs if config.epochs is None else config.epochs
         self.boundaries = boundaries(teacher, student)
         if not self.boundaries and (config.mode == BLOCK_WISE or config.feature_weight):
             raise ValueError(
@@ -365,7 +370,7 @@ class _Run:
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
         self._compile(trainer, losses, weights)
         position = self.position
-        while position["epoch"] < config.epochs and position["waited"] < config.patience:
+        while position["epoch"] < self.epochs and position["waited"] < config.patience:
             self._epoch(verbose, trainer, lambda batch: batch, teacher)
             position["waited"] = 0 if self._keep_if_better(trainer) else position["waited"] + 1
             position["epoch"] += 1
@@ -385,10 +390,10 @@ class _Run:
                 entering = keras.Model(self.model.inputs[0], self._tensor(start)).predict_on_batch
             self._compile(trainer, [_relative_error], [1.0])
             teacher = self._observed([name])
-            while position["epoch"] < self.config.epochs:
+            while position["epoch"] < self.epochs:
                 self._epoch(verbose, trainer, entering, teacher)
                 position["epoch"] += 1
-                if position["epoch"] < self.config.epochs:
+                if position["epoch"] < self.epochs:
                     self._save(trainer)
             self._keep_if_better(trainer)
             self.model.set_weights(self.best)
@@ -397,7 +402,7 @@ class _Run:
 
     def _compile(self, trainer, losses, weights):
         config = self.config
-        steps = self.steps * config.epochs
+        steps = self.steps * self.epochs
         schedule = keras.optimizers.schedules.CosineDecay(
             0.0,
             max(1, steps - int(WARM_UP * steps)),

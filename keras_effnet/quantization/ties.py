@@ -36,6 +36,9 @@ TABLE_MARGIN = 2e-4
 TABLE_TRIALS = 1 + 1e-3 * np.arange(64)
 # Relative error of a few float32 operations: scales this near are the same.
 ROUNDING = 1e-6
+# The same of what was chosen once and is chosen again, from ranges in float32: it then stays as it
+# is, bit for bit.
+_AGAIN = 5e-7
 
 
 def odd(value: float) -> int:
@@ -88,6 +91,8 @@ def _scale(graph: Graph, name: str) -> float | None:
 
 
 def _set(node: Node, scale: float) -> None:
+    if abs(scale - node.params.scale) <= _AGAIN * scale:
+        return
     node.params = QuantParams(scale, node.params.zero_point)
 
 
@@ -249,7 +254,9 @@ def round_biases(graph: Graph) -> None:
         if source is None or kernel_owner(node) != node.name:
             continue
         steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
-        bias = np.round(node.weights["bias"].astype(np.float64) / steps) * steps
+        given = node.weights["bias"].astype(np.float64)
+        bias = np.round(given / steps) * steps
+        bias = np.where(np.abs(bias - given) <= _AGAIN * np.abs(given), given, bias)
         # Where a kernel is applied to both sides, the steps of the positive one are the coarser.
         for other in graph.applications(node.name):
             other.weights["bias"] = bias.astype(np.float32)

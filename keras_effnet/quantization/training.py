@@ -140,7 +140,9 @@ def settle(model: keras.Model) -> None:
     round_biases(graph)
     for layer in ranges:
         params = graph[layer.name.removesuffix(RANGE_SUFFIX)].params
-        layer.set_range(params.min, params.max)
+        # Bounds that were computed from the scale again would be off by float32's rounding.
+        if params != layer.params:
+            layer.set_range(params.min, params.max)
         layer.freeze()
     for layer in layers:
         if isinstance(layer, QUANTIZED_KERNELS):

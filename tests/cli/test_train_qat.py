@@ -249,6 +249,9 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
         seed=4,
     )
     assert found == [(expected, 12, 2)]
+    found.clear()
+    run(distill=True, epochs=None, batch_size=None, overwrite=True, corrections="none")
+    assert found == [(DistillationConfig(), 12, 2)]
 
 
 # Sums over a batch are taken in another order, in float32.

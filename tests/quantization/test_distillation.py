@@ -27,7 +27,7 @@ from keras_effnet.quantization.fake_quant import QUANTIZED_KERNELS
 from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.training import layers_of
 
-FAST = {"learning_rate": 1e-2, "shift": 1, "batch_size": 8}
+FAST = {"learning_rate": 1e-2, "shift": 1, "batch_size": 8, "mixup": 0.0, "ema": 0.0}
 
 
 @pytest.fixture
@@ -163,7 +163,7 @@ def test_mirror_images_and_blends_are_measured_too(tiny, student, tiny_images, m
 
     monkeypatch.setattr(distillation._Run, "train", watched)
     for options in ({"mixup": 0.5}, {"flip": False}):
-        config = DistillationConfig(**FAST, epochs=1, **options)
+        config = DistillationConfig(**{**FAST, "epochs": 1, **options})
         distill(tiny, copy_of(student), tiny_images, config, verbose=False)
     all_views, plain = (run.held.astype(np.float32) for run in runs)
     assert len(plain) == 5 and len(all_views) == 15  # A fifth of the images.
@@ -326,6 +326,17 @@ def test_a_killed_distillation_goes_on_to_the_same_weights(
     path.write_bytes(path.read_bytes()[:1000])
     with pytest.raises(ValueError, match="is no checkpoint"):
         distill(tiny, copy_of(student), tiny_images, config, verbose=False, checkpoint=path)
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(7, 20), (13 * 8, 20), (51 * 8, 10), (99 * 8, 5)])
+def test_few_images_are_passed_more_often(count, epochs, tiny, student, tiny_images, monkeypatch):
+    calls = []
+    monkeypatch.setattr(distillation._Run, "_epoch", lambda *args: calls.append(args))
+    monkeypatch.setattr(distillation._Run, "_settled", lambda self: (0.0, self.model.get_weights()))
+    images = np.resize(tiny_images, (count, *tiny_images.shape[1:]))
+    config = DistillationConfig(**FAST, patience=99)
+    distill(tiny, student, images, config, verbose=False)
+    assert len(calls) == epochs
 
 
 def test_settled_models_stay_settled(tiny, student, tiny_images):
