@@ -238,9 +238,10 @@ def _align_kernel(graph: Graph, node: Node) -> None:
     ratios = odd_below(np.minimum(target / (source * natural), MAX_RATIO))
     scales = target / (source * ratios)
     # Where one output step is less than the accumulator's, only a finer output step would help.
+    helps = scales > natural * (1 - 2 * ROUNDING)
     # A channel that has its scale already keeps it to the last bit.
-    grown = scales > natural * (1 + ROUNDING)
-    limits = np.where(grown, scales * KERNEL_MAX, node.weights["limits"])
+    moved = helps & (np.abs(scales - natural) > _AGAIN * natural)
+    limits = np.where(moved, scales * KERNEL_MAX, node.weights["limits"])
     node.weights["limits"] = limits.astype(np.float32)
 
 

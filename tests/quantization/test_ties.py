@@ -17,9 +17,9 @@ from hand_made import (
 from keras_effnet import create_model
 from keras_effnet.quantization import QuantizationConfig, quantize, quantize_model
 from keras_effnet.quantization.lowering import integer_factors, read_quantized, tensor_params
-from keras_effnet.quantization.params import INT8_MIN, UNIT_INTERVAL, kernel_scales
+from keras_effnet.quantization.params import INT8_MIN, UNIT_INTERVAL, QuantParams, kernel_scales
 from keras_effnet.quantization.scheme import SUM_STEPS
-from keras_effnet.quantization.ties import MAX_RATIO, TABLE_MARGIN, odd, odd_below
+from keras_effnet.quantization.ties import MAX_RATIO, TABLE_MARGIN, _align_kernel, odd, odd_below
 
 # Scales are float32 and a ratio has three or four of them: 4 * 2**-24 = 2.4e-7 each way, times
 # the accumulators of a few thousand that a tie could come from.
@@ -86,6 +86,25 @@ def test_kernels_have_odd_ratios(graph):
         assert np.all(ratios < MAX_RATIO + 1)
         seen += np.sum(ratios > 2)
     assert seen > 30
+
+
+def test_odd_ratios_that_were_chosen_are_chosen_again(tiny_quantized):
+    """Also where a ratio lies at the edge of what counts as odd, and float32 moves the output's."""
+    graph = read_quantized(tiny_quantized)
+    node = next(node for node in graph.kernel_nodes() if not node.is_float)
+    given, params = node.weights["limits"], node.params
+    changed = 0
+    for change in np.linspace(-3e-6, 3e-6, 61):
+        node.params = params
+        node.weights["limits"] = (given * (1 + change)).astype(np.float32)
+        _align_kernel(graph, node)
+        chosen = node.weights["limits"]
+        changed += np.count_nonzero(chosen != given)
+        for error in (-2e-7, 2e-7):
+            node.params = QuantParams(params.scale * (1 + error), params.zero_point)
+            _align_kernel(graph, node)
+            np.testing.assert_allclose(node.weights["limits"], chosen, rtol=1e-6)
+    assert changed > 20
 
 
 def test_products_and_means_have_odd_ratios(graph):
