@@ -194,15 +194,9 @@ def add_training(parser: argparse.ArgumentParser) -> None:
 
 
 def add_augmentation(
-    parser: argparse.ArgumentParser, min_area: float = 0.35, mixup: str = "0, none"
+    parser: argparse.ArgumentParser, min_area: float = 0.35, mixup: float = 0.0
 ) -> None:
-    """Adds the arguments on what is done to training images.
-
-    Args:
-        parser: Of the command.
-        min_area: The default of `--min-area`.
-        mixup: What the help tells of the default of `--mixup`.
-    """
+    """Adds the arguments on what is done to training images, and the defaults of some."""
     group = parser.add_argument_group("augmentation")
     group.add_argument(
         "--min-area",
@@ -224,7 +218,11 @@ def add_augmentation(
         "--magnitude", metavar="X", type=float, default=9.0, help="theirs, in 0..10 (default: 9)"
     )
     group.add_argument(
-        "--mixup", metavar="ALPHA", type=float, default=0.0, help=f"e.g. 0.2 (default: {mixup})"
+        "--mixup",
+        metavar="ALPHA",
+        type=float,
+        default=mixup,
+        help=f"0 for none (default: {mixup:g})",
     )
     group.add_argument(
         "--cutmix", metavar="ALPHA", type=float, default=0.0, help="e.g. 1 (default: 0, none)"

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 FLOAT_FILE, PTQ_FILE, QAT_FILE = "float.tflite", "ptq.tflite", "qat.tflite"
 PTQ_MODEL, QAT_MODEL, REPORT = "ptq.keras", "qat.keras", "report.json"
 # In training with labels; those of distillation are its own.
-_DEFAULTS = {"epochs": 5, "learning_rate": 3e-5, "ema": 0.95, "mixup": 0.0}
+_DEFAULTS = {"epochs": 5, "learning_rate": 3e-5, "ema": 0.95, "mixup": 1.0}
 _FREEZE_AFTER = 0.3
 # Outputs of a softmax sum to 1; in float32 over 1000 classes to within this.
 _SUM_TOLERANCE = 1e-3
@@ -155,7 +155,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         choices=("none", "balanced"),
         help="balanced: images of rare classes weigh more (default: none)",
     )
-    train.add_augmentation(parser, _OF_LABELS["min_area"], mixup="0, none; 1 with --distill")
+    train.add_augmentation(parser, _OF_LABELS["min_area"], _DEFAULTS["mixup"])
     distillation = parser.add_argument_group("distillation")
     distillation.add_argument(
         "--distill", action="store_true", help="learn from the float model; no labels are needed"
@@ -362,7 +362,12 @@ class _Labelled(_Job):
     def open_all(self) -> None:
         args, source = self.args, self.source
         self.config = common.checked(
-            train.make_config, args, [self._phase()], teacher_weight=args.teacher_weight
+            train.make_config,
+            args,
+            [self._phase()],
+            teacher_weight=args.teacher_weight,
+            # Few images change their class.
+            best_by="cross_entropy",
         )
         common.checked(self.replicas.check_batch_size, args.batch_size)
         self.training, self.validation, self.names = train.open_images_of(

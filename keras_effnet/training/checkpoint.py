@@ -26,7 +26,6 @@ class Position:
         step: Steps of the epoch after them that are finished.
         sums: Sums over those steps of what is averaged over an epoch, by name.
         history: One row for each finished epoch of all phases.
-        best: Best validation accuracy so far, in 0..1; -1 before the first.
         unreadable: Image files that could not be read, and why.
     """
 
@@ -35,7 +34,6 @@ class Position:
     step: int = 0
     sums: dict[str, float] = dataclasses.field(default_factory=dict)
     history: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    best: float = -1.0
     unreadable: dict[str, str] = dataclasses.field(default_factory=dict)
 
 

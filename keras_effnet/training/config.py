@@ -9,6 +9,7 @@ from keras_effnet.quantization.checks import check_values
 
 MIXED_PRECISION = ("float16", "bfloat16")
 CLASS_WEIGHTS = ("none", "balanced")
+BEST_BY = ("accuracy", "cross_entropy")
 # Magnitudes of RandAugment, as in its paper.
 LARGEST_MAGNITUDE = 10
 
@@ -100,6 +101,9 @@ class TrainingConfig:
             https://arxiv.org/abs/1503.02531).
         ema: Momentum of a moving average of the weights, in [0, 1); 0 for none. With it, the
             average is what is evaluated and saved.
+        best_by: What tells the best state: "accuracy" on the validation images, of equal ones the
+            lower cross-entropy; or "cross_entropy" alone, which tells more where the accuracy
+            hardly moves.
         class_weights: "balanced" weighs each image by how rare its class is; or "none".
         augmentation: Of the training images.
         mixed_precision: "float16" or "bfloat16" for the arithmetic, or None for float32.
@@ -119,6 +123,7 @@ class TrainingConfig:
     label_smoothing: float = 0.1
     teacher_weight: float = 0.0
     ema: float = 0.0
+    best_by: str = "accuracy"
     class_weights: str = "none"
     augmentation: AugmentationConfig = AugmentationConfig()
     mixed_precision: str | None = None
@@ -141,6 +146,7 @@ class TrainingConfig:
             label_smoothing=(0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             teacher_weight=(0 <= self.teacher_weight <= 1, "in 0..1"),
             ema=(0 <= self.ema < 1, "at least 0 and below 1"),
+            best_by=(self.best_by in BEST_BY, f"one of {BEST_BY}"),
             class_weights=(self.class_weights in CLASS_WEIGHTS, f"one of {CLASS_WEIGHTS}"),
             mixed_precision=(
                 self.mixed_precision in (None, *MIXED_PRECISION),

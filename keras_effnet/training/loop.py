@@ -62,7 +62,7 @@ class Result:
     Args:
         history: One row for each epoch: phase, epoch (from 1), steps (of all epochs so far),
             learning_rate (at its end), loss, accuracy, val_accuracy, val_cross_entropy, seconds.
-        best: Best validation accuracy, in 0..1.
+        best: Validation accuracy of the best state, in 0..1.
         unreadable: Images that could not be read, and why.
         interrupted: Whether it was asked to stop before its end; a checkpoint was written.
     """
@@ -146,7 +146,8 @@ def train(
                 break
     if not interrupted:
         run.save_model(LAST)
-    return Result(position.history, position.best, dict(position.unreadable), interrupted)
+    best = max(position.history, key=run.merit, default={"val_accuracy": -1.0})["val_accuracy"]
+    return Result(position.history, best, dict(position.unreadable), interrupted)
 
 
 class _Run:
@@ -208,10 +209,8 @@ class _Run:
                 self._fail(phase, position.step - 1, math.nan)
             with averaged_weights(self.model):
                 figures = self._evaluate()
-                improved = figures["accuracy"] > position.best
-                if improved:
+                if all(self.merit(figures) > self.merit(row) for row in position.history):
                     self.save_model(BEST)
-            position.best = max(position.best, figures["accuracy"])
             self._finish_epoch(phase, figures)
             if stop():
                 return False
@@ -219,6 +218,11 @@ class _Run:
         # What comes after begins with the average.
         use_averages(self.model)
         return True
+
+    def merit(self, row: dict[str, Any]) -> tuple[float, ...]:
+        """What is larger for a better epoch."""
+        merits = (row["val_accuracy"], -row["val_cross_entropy"])
+        return merits if self.config.best_by == "accuracy" else merits[1:]
 
     def _epoch(self, phase: Phase, stop: Callable[[], bool]) -> bool:
         position, steps = self.position, self.batches.steps
@@ -265,8 +269,7 @@ class _Run:
             "steps": len(position.history) * steps + steps,
             "learning_rate": float(self.model.optimizer.learning_rate),
             **{name: total / steps for name, total in position.sums.items()},
-            "val_accuracy": figures["accuracy"],
-            "val_cross_entropy": figures["cross_entropy"],
+            **figures,
             # Of the part since it was started or resumed.
             "seconds": round(time.perf_counter() - self.started, 2),
         }
@@ -282,7 +285,8 @@ class _Run:
             images = self.validation.images
             fed = self.replicas.feed(self.validation.batches, images, self.config.batch_size)
             steps = range(self.validation.steps)
-            return self.replicas.test(self.model, (next(fed) for _ in steps))
+            figures = self.replicas.test(self.model, (next(fed) for _ in steps))
+        return {f"val_{name}": value for name, value in figures.items()}
 
     @contextlib.contextmanager
     def _own_errors(self, batches: TrainingBatches | EvaluationBatches) -> Iterator[None]:

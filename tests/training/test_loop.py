@@ -14,6 +14,7 @@ from keras_effnet.training import (
     Phase,
     Replicas,
     TrainingConfig,
+    loop,
     read_position,
     restore_checkpoint,
     save_checkpoint,
@@ -236,6 +237,25 @@ def test_it_learns_and_keeps_the_best_and_the_last_state(run):
         np.testing.assert_array_equal(weight, twin)
 
 
+@pytest.mark.parametrize(("best_by", "kept"), [("accuracy", [1, 2]), ("cross_entropy", [1, 2, 4])])
+def test_what_the_best_state_is(best_by, kept, run, monkeypatch):
+    scripted = iter([(0.8, 0.5), (0.9, 0.4), (0.9, 0.45), (0.7, 0.3), (0.8, 0.35)])
+    saved, epochs = [], []
+
+    def evaluate(self):
+        epochs.append(len(epochs) + 1)
+        return dict(zip(("val_accuracy", "val_cross_entropy"), next(scripted), strict=True))
+
+    monkeypatch.setattr(loop._Run, "_evaluate", evaluate)
+    monkeypatch.setattr(
+        loop._Run, "save_model", lambda self, name: saved.append((name, epochs[-1]))
+    )
+    config = config_of(phases=(Phase("one", 2, 1e-3), Phase("two", 3, 1e-3)), best_by=best_by)
+    result, _ = run(config=config)
+    assert [epoch for name, epoch in saved if name == BEST] == kept
+    assert result.best == result.history[kept[-1] - 1]["val_accuracy"]
+
+
 def test_the_learning_rate_rises_and_falls(run):
     rates = []
 
@@ -372,6 +392,7 @@ def test_the_observer_is_told_everything_in_order(run):
         ({"teacher_weight": 1.1}, "`teacher_weight` must be in 0..1"),
         ({"ema": 1.0}, "`ema`"),
         ({"class_weights": "some"}, "`class_weights` must be one of"),
+        ({"best_by": "loss"}, "`best_by` must be one of"),
         ({"mixed_precision": "float8"}, "`mixed_precision`"),
         ({"checkpoint_steps": 0}, "`checkpoint_steps`"),
     ],
