@@ -2,7 +2,9 @@
 
 The graph is written from the integers of `keras_effnet.quantization.lowering`, as the TFLite file
 is: its kernels, biases, scales and zero points are those of the Keras layers, bit for bit. Where
-activations are uint8, their integers and zero points are those of the TFLite file plus 128.
+activations are uint8, their integers and zero points, and those of the kernels, are those of the
+TFLite file plus 128. Kernels could stay int8; but then onnxruntime adds two products in 16 bits on
+x86 processors without VNNI (Intel before 2019, AMD before 2022), where the sum saturates.
 
 In a QDQ graph an operator stands between DequantizeLinear nodes, which give it floats, and a
 QuantizeLinear node; a runtime replaces the three by one integer kernel. Operators that only move
@@ -167,15 +169,18 @@ class _Writer:
 
         Those of the `owner` serve all that share its kernel.
         """
-        constant = owner or name
+        constant, zero = owner or name, 0
+        if integers.dtype == np.int8 and self.form.activation_dtype == "uint8":
+            zero = -INT8_MIN
+            integers = (integers.astype(np.int16) + zero).astype(np.uint8)
         source = self.constant(f"{constant}/integers", integers, integers.dtype)
         if len(scales) == 1:
             scales = scales[0]
         scale = self.constant(f"{constant}/scale", scales, np.float32)
-        # Zero by definition, but Gemm becomes an integer kernel only if it is given.
+        # Also where it is zero: Gemm becomes an integer kernel only if it is given.
         shape, dtype = np.shape(scales), integers.dtype
-        label = "/".join(["zeros", dtype.name, *map(str, shape)])
-        zeros = self.constant(label, np.zeros(shape), dtype)
+        label = "/".join(["zero_points", dtype.name, *map(str, shape)])
+        zeros = self.constant(label, np.full(shape, zero), dtype)
         return self.emit("DequantizeLinear", [source, scale, zeros], name, axis=0)
 
     def operand(self, name: str, integers: np.ndarray, params: QuantParams, node: Node) -> str:

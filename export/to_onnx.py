@@ -105,18 +105,18 @@ def to_onnx(
             other; or one from `keras_effnet.quantization.quantize_model`. It is not changed.
         path: File to write, usually `*.onnx`.
         quantization: `"float32"`, or `"int8"` for a model from `quantize_model`, which is written
-            with its own integers: int8 kernels with a scale per channel and int32 biases.
+            with its own integers: 8-bit kernels with a scale per channel and int32 biases.
         opset: Version of the operators, 13 to 21.
         layout: Order of the axes of the input that the file is to be given: `"nhwc"`, as Keras
             and cameras have it, or `"nchw"`. Inside, ONNX is NCHW.
         dynamic_batch: Whether the batch size is left open; else it is 1.
         io_dtype: Type of input and output: `"float32"`, or for `"int8"` also `"uint8"` (a
             camera's pixels as they are, if the model reads 0..255) or `"int8"`.
-        activation_dtype: Of `"int8"` files: the type of the tensors between. onnxruntime has
-            integer kernels for `"uint8"` on every processor and for `"int8"` on ARM alone: on
-            x86 it computes most of an int8 graph in float. Processors with AVX2 or AVX-512 but
-            without VNNI (Intel before 2019) may saturate when uint8 activations meet large
-            kernel values: verify the file on the machine that is to run it.
+        activation_dtype: Of `"int8"` files: the type of the kernels and of the tensors between.
+            onnxruntime gives the outputs of the TFLite file for `"uint8"` on every processor.
+            `"int8"` is for ARM: on x86 most of its graph is computed in float, and wrongly where
+            the processor has no VNNI (Intel before 2019, AMD before 2022), whose sums of int8
+            kernels saturate at 16 bits.
         external_data: Whether the weights go into a file of their own, `path` with `.data` behind
             it; models of 2 GiB and more need it.
         labels: Names of the classes, for the metadata.

@@ -51,8 +51,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     export.add_argument(
         "--activation-dtype",
         choices=("uint8", "int8"),
-        help="of int8 files, the type of the tensors between: int8 is for ARM, elsewhere "
-        "onnxruntime computes it in float (default: uint8)",
+        help="of int8 files, the type of kernels and of the tensors between: int8 is for ARM, "
+        "elsewhere onnxruntime is slow with it, or wrong (default: uint8)",
     )
     export.add_argument(
         "--opset",

@@ -21,6 +21,7 @@ from keras_effnet.export import (
 from keras_effnet.export.report import agreement_warning
 from keras_effnet.export.to_onnx import MAX_OPSET, MIN_OPSET, check_proto, remove_round_trips
 from keras_effnet.quantization import QuantizationConfig, quantize_model
+from keras_effnet.quantization.lowering import integer_kernel, read_quantized
 
 # Kernels of onnxruntime and of TensorFlow sum in another order.
 FLOAT_TOLERANCE = 1e-5
@@ -209,6 +210,28 @@ def test_scales_and_zero_points_are_those_of_the_tflite_file(
         activation_dtype=activation_dtype,
     )
     assert mismatches(export.path, read_tflite(tflite_bytes), activation_dtype) == []
+
+
+@pytest.mark.parametrize("activation_dtype", ["uint8", "int8"])
+def test_kernels_have_the_type_of_the_activations(quantized, tmp_path, activation_dtype):
+    # uint8 times int8 saturates on processors without VNNI, which this one may have.
+    path = tmp_path / "q.onnx"
+    to_onnx(quantized, path, quantization="int8", activation_dtype=activation_dtype)
+    graph = onnx.load(path).graph
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    kernels = [node.input for node in graph.node if node.input[0].endswith("/kernel/integers")]
+    assert len(kernels) == 4
+    nodes = read_quantized(quantized)
+    for integers, _, zero_points in kernels:
+        kernel, zeros = constants[integers], constants[zero_points]
+        assert kernel.dtype == zeros.dtype == activation_dtype
+        zero = 128 if activation_dtype == "uint8" else 0
+        assert (zeros == zero).all()
+        expected, _ = integer_kernel(nodes[integers.removesuffix("/kernel/integers")])
+        # In another order of the axes.
+        np.testing.assert_array_equal(
+            np.sort(kernel.reshape(-1).astype(int)) - zero, np.sort(expected.reshape(-1))
+        )
 
 
 def name_of(model, kind):
