@@ -42,6 +42,7 @@ EXTRAS["dev"] = [
     "scikit-learn>=1.7",
     "psutil>=6",
     "pytest-xdist>=3.6",
+    "tensorboard>=2.19",
 ]
 EXTRAS["quickstart"] = sorted(
     {*EXTRAS["tflite"], *EXTRAS["onnx"], *EXTRAS["plot"], "scikit-learn>=1.7"}

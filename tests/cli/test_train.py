@@ -194,7 +194,6 @@ def test_tensorboard_is_missed_before_the_work(run, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_tensorboard_is_given_every_epoch(run, tmp_path):
-    pytest.importorskip("tensorboard")
     assert run(tensorboard=True) == 0
     assert len(list((tmp_path / "run" / "tensorboard").rglob("events.*"))) == 2
 
