@@ -63,7 +63,7 @@ def convert_quantized(
         layout: Order of the axes of the input, and of outputs that are images: "nhwc" or "nchw".
             Between them the graph is in NCHW, as ONNX demands.
         io_dtype: Type of input and outputs: "uint8", "int8" or "float32".
-        activation_dtype: Type of the tensors between: "uint8" or "int8".
+        activation_dtype: Type of kernels and of the tensors between: "uint8" or "int8".
         dynamic_batch: Whether the batch size is left open; else it is 1.
 
     Returns:
@@ -163,25 +163,28 @@ class _Writer:
         ]
 
     def weights(
-        self, name: str, integers: np.ndarray, scales: np.ndarray, owner: str | None = None
+        self,
+        name: str,
+        integers: np.ndarray,
+        scales: np.ndarray,
+        dtype: str = "int32",
+        owner: str | None = None,
     ) -> str:
         """Adds the integers of a kernel or bias and returns the name of their real values.
 
         Those of the `owner` serve all that share its kernel.
         """
-        constant, zero = owner or name, 0
-        if integers.dtype == np.int8 and self.form.activation_dtype == "uint8":
-            zero = -INT8_MIN
-            integers = (integers.astype(np.int16) + zero).astype(np.uint8)
-        source = self.constant(f"{constant}/integers", integers, integers.dtype)
+        constant, zero = owner or name, _type_shift(dtype)
+        # In int32, where no sum overflows.
+        source = self.constant(f"{constant}/integers", integers.astype(np.int32) + zero, dtype)
         if len(scales) == 1:
             scales = scales[0]
         scale = self.constant(f"{constant}/scale", scales, np.float32)
         # Also where it is zero: Gemm becomes an integer kernel only if it is given.
-        shape, dtype = np.shape(scales), integers.dtype
-        label = "/".join(["zero_points", dtype.name, *map(str, shape)])
-        zeros = self.constant(label, np.full(shape, zero), dtype)
-        return self.emit("DequantizeLinear", [source, scale, zeros], name, axis=0)
+        shape = np.shape(scales)
+        label = "/".join(["zero_points", dtype, *map(str, shape)])
+        zero_points = self.constant(label, np.full(shape, zero), dtype)
+        return self.emit("DequantizeLinear", [source, scale, zero_points], name, axis=0)
 
     def operand(self, name: str, integers: np.ndarray, params: QuantParams, node: Node) -> str:
         """Adds a constant with one value per channel, to be combined with the input of a node.
@@ -196,7 +199,7 @@ class _Writer:
             The name of its real values.
         """
         dtype = self.form.activation_dtype
-        values = integers.astype(np.int16) + (zero_point(params, dtype) - params.zero_point)
+        values = integers.astype(np.int16) + _type_shift(dtype)
         if len(node.shape) == 3:
             # Few channels are repeated for a row of pixels: broadcasting them one by one is slow.
             width = node.shape[1] if len(values) < _FEW_CHANNELS else 1
@@ -219,6 +222,7 @@ class _Writer:
                 f"{node.name}/kernel",
                 kernel.transpose(transpose),
                 scales,
+                self.form.activation_dtype,
                 owner=f"{kernel_owner(node)}/kernel",
             ),
             self.weights(f"{node.name}/bias", bias, bias_scales),
@@ -344,9 +348,14 @@ class _Writer:
         return self.parameters(node.inputs[0])[1]
 
 
+def _type_shift(dtype: str) -> int:
+    """What is added to integers of TFLite to make them those of a type here."""
+    return -INT8_MIN if dtype == "uint8" else 0
+
+
 def zero_point(params: QuantParams, dtype: str) -> int:
     """The zero point of int8 parameters in another 8-bit type."""
-    return params.zero_point - (INT8_MIN if dtype == "uint8" else 0)
+    return params.zero_point + _type_shift(dtype)
 
 
 # How each op is written: (writer, node, names of its inputs, name of its output).
@@ -393,10 +402,9 @@ def _activated(writer: _Writer, node: Node, op: str, inputs: list[str], **attrib
         if (low, high) == (INT8_MIN, INT8_MAX):
             return
         dtype = writer.form.activation_dtype
-        shift = 0 if dtype == "int8" else -INT8_MIN
         source = writer.quantize(source, f"{node.name}/linear", writer.parameters(node.name))
         bounds = [
-            writer.constant(f"{node.name}/{bound}", value + shift, dtype)
+            writer.constant(f"{node.name}/{bound}", value + _type_shift(dtype), dtype)
             for bound, value in (("lowest", low), ("highest", high))
         ]
         label = writer.labels.get(node.name, node.name)

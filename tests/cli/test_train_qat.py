@@ -143,9 +143,8 @@ def check_files(tmp_path, photographs):
 def test_training_with_labels_resumes_and_reports_three_forms(
     run, photographs, tmp_path, capsys, monkeypatch
 ):
-    # Without blends, whose loss says little: how much of it is theirs changes with every step.
     given = {"training_ranges": "moving_average", "checkpoint_steps": 1, "learning_rate": 1e-2}
-    given["mixup"] = 0.0
+    given |= {"mixup": 0.0}  # The loss of blends says little: it changes with their shares.
     assert run(**given, evaluation_data=photographs) == 0
     report = check_files(tmp_path, photographs)
     # Training started from a quantized model that works already, and kept it.

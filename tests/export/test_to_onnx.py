@@ -214,7 +214,7 @@ def test_scales_and_zero_points_are_those_of_the_tflite_file(
 
 @pytest.mark.parametrize("activation_dtype", ["uint8", "int8"])
 def test_kernels_have_the_type_of_the_activations(quantized, tmp_path, activation_dtype):
-    # uint8 times int8 saturates on processors without VNNI, which this one may have.
+    # Where a processor has VNNI, nothing else here would tell: uint8 times int8 saturates without.
     path = tmp_path / "q.onnx"
     to_onnx(quantized, path, quantization="int8", activation_dtype=activation_dtype)
     graph = onnx.load(path).graph
