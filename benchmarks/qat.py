@@ -3,9 +3,10 @@
     python benchmarks/qat.py [--work DIR] [--rows NAME ...] [--overwrite]
 
 V1-B0 is trained as quantized on the flowers of `train`, with labels and by distillation without
-any, each with the default equalization and without; and V1-B0 and V2-B0 are distilled on their 200
-`calibration` photographs alone. Every row is one run of `scripts/train_qat.py` with the options of
-the table; its files run in LiteRT on the `evaluation` photographs, which nothing else sees.
+any, each with the default equalization and with rescaling in its place; and V1-B0 and V2-B0 are
+distilled on their 200 `calibration` photographs alone. Every row is one run of
+`scripts/train_qat.py` with the options of the table; its files run in LiteRT on the `evaluation`
+photographs, which nothing else sees.
 Latencies are taken in one process, all files of a model in turns, with batch 1 and two threads.
 
 A row takes 5 to 40 minutes on 2 cores. `--work DIR` keeps the runs, so that the same command goes
@@ -36,7 +37,9 @@ SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 # V1-B0 is sure of nearly all photographs.
 DISTILL = "--distill --temperature 4".split()
-UNEQUALIZED = "--corrections swish_splitting,learned_rounding,bias_correction".split()
+UNEQUALIZED = (
+    "--corrections swish_rescaling,swish_splitting,learned_rounding,bias_correction --epochs 10"
+).split()
 
 
 @dataclass(frozen=True)

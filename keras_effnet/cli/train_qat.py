@@ -47,7 +47,7 @@ _SUM_TOLERANCE = 1e-3
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
-    "teacher_weight": 0.8,
+    "teacher_weight": 0.95,
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
@@ -146,7 +146,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         type=float,
         help="of the float model's predictions in the targets, beside the labels; with it the "
-        "files agree more with the float model (default: 0.8)",
+        "files agree more with the float model, and dropout is left out (default: 0.95)",
     )
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
@@ -397,6 +397,7 @@ class _Labelled(_Job):
 
     def train(self, quantized: keras.Model, folder: Path) -> dict[str, Any]:
         from keras_effnet.quantization import FreezeRanges
+        from keras_effnet.quantization.training import unrounded_outputs, without_dropout
         from keras_effnet.training.loop import BEST
 
         args = self.args
@@ -411,11 +412,15 @@ class _Labelled(_Job):
         # The states are saved in the model without an optimizer.
         with self.replicas.scope():
             trained = _copy(quantized)
-        result: Result = train.train_in(
-            folder, args, trained, self.training, self.validation, self.config,
-            saved_as=quantized, replicas=self.replicas,
-            teacher=self.source.model if args.teacher_weight else None, callbacks=callbacks,
-        )  # fmt: skip
+        teacher = self.source.model if args.teacher_weight else None
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(unrounded_outputs(trained))
+            if teacher is not None:
+                stack.enter_context(without_dropout(trained))
+            result: Result = train.train_in(
+                folder, args, trained, self.training, self.validation, self.config,
+                saved_as=quantized, replicas=self.replicas, teacher=teacher, callbacks=callbacks,
+            )  # fmt: skip
         if self.replicas.writes:
             train.finish(folder, args, result)
             best = exporting.load_model(str(folder / BEST))

@@ -7,11 +7,10 @@ learns to give the float model's features from what the quantized blocks before 
 2021, section 3.2, https://arxiv.org/abs/2102.05426).
 """
 
-import contextlib
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import keras
@@ -26,7 +25,7 @@ from .files import read_state, write_state
 from .folding import fold
 from .graph import Graph, read_model
 from .lowering import is_quantized, read_quantized
-from .training import layers_of, require_quantized, settle
+from .training import layers_of, require_quantized, settle, without_dropout
 
 END_TO_END, BLOCK_WISE = "end_to_end", "block_wise"
 MODES = (END_TO_END, BLOCK_WISE)
@@ -185,7 +184,7 @@ def distill(
     }
     run = _Run(teacher, student, quantized_model, images, order[:held], order[held:], config, rng)
     run.keep_in(checkpoint, begun)
-    with _without_dropout(quantized_model):
+    with without_dropout(quantized_model):
         return run.train(verbose)
 
 
@@ -208,19 +207,6 @@ def _fingerprint(*arrays) -> str:
 def _compact(batch):
     pixels = batch.astype(np.uint8)
     return pixels if np.array_equal(pixels, batch) else batch
-
-
-@contextlib.contextmanager
-def _without_dropout(model) -> Iterator[None]:
-    """The student repeats the teacher, which drops nothing."""
-    rates = {layer: layer.rate for layer in layers_of(model) if hasattr(layer, "noise_shape")}
-    try:
-        for layer in rates:
-            layer.rate = 0.0
-        yield
-    finally:
-        for layer, rate in rates.items():
-            layer.rate = rate
 
 
 def boundaries(teacher: Graph, student: Graph) -> list[str]:

@@ -56,12 +56,12 @@ def swish_candidates(graph: Graph) -> list[str]:
     """
     found = []
     for node in graph:
-        if node.op == "mul" and _swish_source(graph, node) and _absorb(graph, node.name, None):
+        if node.op == "mul" and swish_source(graph, node) and absorb(graph, node.name, None):
             found.append(node.name)
     return found
 
 
-def _swish_source(graph: Graph, node: Node) -> Node | None:
+def swish_source(graph: Graph, node: Node) -> Node | None:
     """Returns the layer with a kernel before the swish `node`, or None if it is no such swish."""
     gates = [graph[name] for name in node.inputs if graph[name].op == "sigmoid"]
     for gate in gates:
@@ -100,23 +100,18 @@ def equalize_swish(
         ValueError: If a name is not a candidate.
     """
     for name in names:
-        if name not in graph.nodes or not _swish_source(graph, graph[name]):
+        if name not in graph.nodes or not swish_source(graph, graph[name]):
             raise ValueError(
                 "Only a swish directly behind a convolution can be equalized. "
                 f"Allowed: {swish_candidates(graph)}. Received: {name!r}"
             )
         node = graph[name]
-        source = _swish_source(graph, node)
+        source = swish_source(graph, node)
         found = search_factors(statistics[source.name], energy(graph, name))
         if least_gain is not None and found.noise_without - found.noise < least_gain:
             continue
         factors = found.values
-        kernel = source.weights["kernel"]
-        shape = (-1, 1) if source.op == "depthwise" else (-1,)
-        source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
-        for key in ("bias", "mean", "deviation"):
-            if key in source.weights:
-                source.weights[key] = (source.weights[key] / factors).astype(np.float32)
+        divide_outputs(source, factors)
         gate = next(graph[other] for other in node.inputs if graph[other].op == "sigmoid")
         scale = Node(
             graph.unique(f"{name}_scale"),
@@ -130,8 +125,18 @@ def equalize_swish(
         gate.inputs = [scale.name]
         statistics[scale.name] = statistics[source.name]
         statistics[source.name] = statistics[source.name].divided_by(factors)
-        for changed in _absorb(graph, name, factors):
+        for changed in absorb(graph, name, factors):
             statistics[changed] = statistics[changed].divided_by(factors)
+
+
+def divide_outputs(source: Node, factors: np.ndarray) -> None:
+    """Divides the output channels of a convolution by factors, in place."""
+    kernel = source.weights["kernel"]
+    shape = (-1, 1) if source.op == "depthwise" else (-1,)
+    source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
+    for key in ("bias", "mean", "deviation"):
+        if key in source.weights:
+            source.weights[key] = (source.weights[key] / factors).astype(np.float32)
 
 
 def best_swishes(
@@ -153,7 +158,7 @@ def best_swishes(
     """
     elements, value = {}, {}
     for name in names:
-        source = _swish_source(graph, graph[name])
+        source = swish_source(graph, graph[name])
         found = search_factors(statistics[source.name], energy(graph, name))
         elements[name] = int(np.prod(graph[name].shape))
         value[name] = (found.noise_without - found.noise) / elements[name]
@@ -198,7 +203,7 @@ def search_factors(statistics: TensorStatistics, importance: np.ndarray) -> Fact
     Returns:
         The factors. Where no equalization did better they are all the same.
     """
-    values, exact, rows, images = _search_rows(statistics)
+    values, exact, rows, images = search_rows(statistics)
     # A swish is flat below, so what lies there matters less.
     low = np.minimum(-FLAT_BELOW, -statistics.low) / 2
     reach = np.maximum(np.maximum(statistics.high, low), 1e-6)
@@ -232,7 +237,7 @@ def search_factors(statistics: TensorStatistics, importance: np.ndarray) -> Fact
     return Factors(values, float(noises[best]), float(without))
 
 
-def _search_rows(statistics):
+def search_rows(statistics):
     """Returns a bounded choice of rows: values, swishes, weights and numbers of the images."""
     extreme = statistics.weights < statistics.weights.max()
     kept, weights = [], []
@@ -242,16 +247,16 @@ def _search_rows(statistics):
         weights.append(statistics.weights[part[::stride]] * np.float32(stride))
     chosen = np.concatenate(kept)
     values = statistics.sample[chosen]
-    return values, _swish(values), np.concatenate(weights), statistics.images[chosen]
+    return values, swish(values), np.concatenate(weights), statistics.images[chosen]
 
 
 def _squared_errors(values, exact, factor):
     """Returns what rounding in the units of a factor does to the output of a swish, squared."""
     low_in, low_out, high = RANGES
-    scale, zero = _levels(low_in, high)
+    scale, zero = levels_of(low_in, high)
     # The input has 256 values, so has the output.
     inputs = (np.arange(256, dtype=np.float32) - zero) * scale * factor
-    outputs = _round(_swish(inputs) / factor, low_out, high) * factor
+    outputs = _round(swish(inputs) / factor, low_out, high) * factor
     levels = values / (factor * scale)
     np.rint(levels, out=levels)
     levels += zero
@@ -260,18 +265,18 @@ def _squared_errors(values, exact, factor):
     return np.square(errors, out=errors)
 
 
-def _swish(values):
+def swish(values):
     return values / (1 + np.exp(-np.clip(values, -80, 80)))
 
 
-def _levels(low, high):
+def levels_of(low, high):
     """Returns the step of 256 levels from -low to high, and the number of the one for zero."""
     scale = np.float32((high + low) / 255)
     return scale, np.round(low / scale)
 
 
 def _round(values, low, high):
-    scale, zero = _levels(low, high)
+    scale, zero = levels_of(low, high)
     return np.clip(np.round(values / scale), -zero, 255 - zero) * scale
 
 
@@ -279,7 +284,7 @@ def _round(values, low, high):
 _PASSING = ("global_avg", "global_max", "avg_pool", "max_pool", "dropout", "pad")
 
 
-def _absorb(graph: Graph, name: str, factors: np.ndarray | None) -> list[str] | None:
+def absorb(graph: Graph, name: str, factors: np.ndarray | None) -> list[str] | None:
     """Lets all readers of a tensor that was divided by `factors` multiply by them again.
 
     Args:
@@ -304,7 +309,7 @@ def _absorb(graph: Graph, name: str, factors: np.ndarray | None) -> list[str] | 
                 kernel = reader.weights["kernel"] * factors[:, None]
                 reader.weights["kernel"] = kernel.astype(np.float32)
         elif reader.op in _PASSING or (reader.op == "mul" and _is_gated(graph, reader, name)):
-            further = _absorb(graph, reader.name, factors)
+            further = absorb(graph, reader.name, factors)
             if further is None:
                 return None
             # Operations that only pass values on have no statistics of their own.

@@ -103,6 +103,8 @@ class FakeQuant(keras.layers.Layer):
         self.initial_maximum = float(maximum)
         self.fixed = fixed
         self.unit = float(power_of_two(maximum - minimum))
+        # Whether training rounds (`training.unrounded_outputs`).
+        self.trained = True
 
     def build(self, input_shape):
         # The bound that is farther from 0 stays away from it, so that the range never collapses.
@@ -131,6 +133,8 @@ class FakeQuant(keras.layers.Layer):
         values = ops.cast(inputs, "float32")
         if self.ranges == MOVING_AVERAGE and training:
             self._follow(values)
+        if training and not self.trained:
+            return inputs
         rounded = keras.quantizers.fake_quant_with_min_max_vars(
             values, self.minimum * self.unit, self.maximum * self.unit
         )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 import keras
 import numpy as np
 
-from . import equalization, splitting
+from . import equalization, rescaling, splitting
 from .bias import correct_biases
 from .build import build_model
 from .calibration import TensorStatistics, calibration_batches, collect
@@ -26,7 +26,13 @@ from .ties import remove_ties, round_biases
 NATIVE, TFMOT = ENGINES = ("native", "tfmot")
 FOLDED, TRAINED = "folded", "trained"
 BATCH_NORMS = (FOLDED, TRAINED)
-CORRECTIONS = ("swish_equalization", "swish_splitting", "learned_rounding", "bias_correction")
+DEFAULT_CORRECTIONS = (
+    "swish_equalization",
+    "swish_splitting",
+    "learned_rounding",
+    "bias_correction",
+)
+CORRECTIONS = ("swish_rescaling", *DEFAULT_CORRECTIONS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +47,16 @@ class QuantizationConfig:
 
             - "swish_equalization": channels of very different ranges are brought closer through
               the swish that follows them, exactly, for one more multiplication (`equalization`);
+            - "swish_rescaling": channels of very different ranges are brought closer through the
+              swish that follows them, approximately, for nothing (`rescaling`): for fast files
+              without equalization, best followed by training; swishes that are equalized are left
+              out; needs one more pass over the data;
             - "swish_splitting": the two sides of late swishes have steps of their own, for one more
               product, gating and projection each (`splitting`); left out with
               `batch_norm="trained"`, since such a projection has no batch norm of its own, and by
               the engine "tfmot";
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
-              (`rounding`); needs a second pass over the data, and about as long as all the rest;
+              (`rounding`); needs one more pass over the data, and about as long as all the rest;
             - "bias_correction": biases take up the mean of the rounding errors (`bias`).
         equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; a share of
             their elements in (0, 1), such as 0.25, for those that save most noise for each element,
@@ -68,7 +78,7 @@ class QuantizationConfig:
     """
 
     method: str = "consumer"
-    corrections: tuple[str, ...] = CORRECTIONS
+    corrections: tuple[str, ...] = DEFAULT_CORRECTIONS
     equalize: str | float | tuple[str, ...] = "auto"
     per_channel_head: bool = True
     keep_float: tuple[str, ...] = ()
@@ -176,10 +186,15 @@ def quantize_model(
     else:
         batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
     learned = "learned_rounding" in config.corrections
-    images = _Kept(batches) if learned else batches
+    rescaled = "swish_rescaling" in config.corrections
+    images = _Kept(batches) if learned or rescaled else batches
     fold(graph)
     statistics = {} if calibration_data is None else collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
+    if rescaled:
+        names = equalization.swish_candidates(graph)
+        if rescaling.rescale_swishes(graph, statistics, names):
+            statistics = collect(graph, images, total, verbose)
     _split(graph, statistics, config, ranges)
     if ranges is not None:
         check_ranges(graph, ranges, complete=calibration_data is None)

@@ -7,6 +7,7 @@ accumulators, kernels beyond their limits, and scales with ties; `settle` remove
 Source: Jacob et al., 2018, section 3 (https://arxiv.org/abs/1712.05877).
 """
 
+import contextlib
 from collections.abc import Iterator
 
 import keras
@@ -151,6 +152,48 @@ def settle(model: keras.Model) -> None:
             kernel = np.clip(weights["kernel"], -limits, limits)
             layer.set_real(kernel, weights["bias"], weights["limits"])
             layer.freeze()
+
+
+@contextlib.contextmanager
+def without_dropout(model: keras.Model) -> Iterator[None]:
+    """Trains a student without dropout and drop path: it repeats a teacher, which drops nothing.
+
+    What it drops in training it learns to do without, so that it becomes another function. To be
+    entered before the first training step.
+    """
+    rates = {layer: layer.rate for layer in layers_of(model) if hasattr(layer, "noise_shape")}
+    try:
+        for layer in rates:
+            layer.rate = 0.0
+        yield
+    finally:
+        for layer, rate in rates.items():
+            layer.rate = rate
+
+
+@contextlib.contextmanager
+def unrounded_outputs(model: keras.Model) -> Iterator[None]:
+    """Lets the loss see a classifier's outputs, and its scores, before they are rounded.
+
+    A probability of less than 1/512 is rounded to 0 and a score beyond its range is clipped, where
+    the loss has no gradient though it is large. Outside training nothing changes. To be entered
+    before the first training step.
+
+    Args:
+        model: A model made by `quantize_model`.
+    """
+    graph = read_quantized(model)
+    output = graph[graph.outputs[0]]
+    names = [output.name, *(output.inputs if output.op in ("softmax", "sigmoid") else ())]
+    suffixed = {name + RANGE_SUFFIX for name in names}
+    ranges = [layer for layer in layers_of(model) if layer.name in suffixed]
+    try:
+        for layer in ranges:
+            layer.trained = False
+        yield
+    finally:
+        for layer in ranges:
+            layer.trained = True
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:

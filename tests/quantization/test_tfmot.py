@@ -19,7 +19,6 @@ from keras_effnet.data import open_images, read_labels
 from keras_effnet.export import TFLiteRunner, read_tflite, to_tflite
 from keras_effnet.export.int8_tflite import convert_quantized
 from keras_effnet.quantization import (
-    CORRECTIONS,
     QuantizationConfig,
     is_quantized,
     quantize_model,
@@ -45,7 +44,7 @@ SAME = 0.999
 # A scale that goes through its range and back may differ in the last bit of a float32.
 SCALE_TOLERANCE = 1e-6
 CONFIG = QuantizationConfig(method="min_max", corrections=(), per_channel_head=False)
-UNSPLIT = tuple(name for name in CORRECTIONS if name != "swish_splitting")
+UNSPLIT = tuple(name for name in QuantizationConfig().corrections if name != "swish_splitting")
 FULL = QuantizationConfig(per_channel_head=False, equalize="all", corrections=UNSPLIT)
 
 

@@ -19,7 +19,7 @@ from keras_effnet.quantization.fake_quant import (
     power_of_two,
 )
 from keras_effnet.quantization.lowering import integer_bias, read_quantized
-from keras_effnet.quantization.training import layers_of
+from keras_effnet.quantization.training import layers_of, unrounded_outputs, without_dropout
 
 SIDE = 16
 IMAGES = pixels(16, side=SIDE, seed=3)
@@ -228,21 +228,39 @@ def test_accumulated_gradients_and_averaged_weights(quantized):
 
 def test_saved_in_the_middle_of_training_it_goes_on(quantized, tmp_path):
     student = quantized("learned")
-    without_dropout(student)
-    fit(compiled(student), epochs=1)
-    student.save(tmp_path / "middle.keras")
-    loaded = keras.models.load_model(tmp_path / "middle.keras")
-    assert ranges(loaded) == ranges(student)
-    for model in (student, loaded):
-        fit(model, epochs=1)
+    with without_dropout(student):
+        fit(compiled(student), epochs=1)
+        student.save(tmp_path / "middle.keras")
+        loaded = keras.models.load_model(tmp_path / "middle.keras")
+        assert ranges(loaded) == ranges(student)
+        for model in (student, loaded):
+            fit(model, epochs=1)
     for a, b in zip(student.get_weights(), loaded.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-def without_dropout(model):
-    for layer in layers_of(model):
-        if isinstance(layer, keras.layers.Dropout):
-            layer.rate = 0.0
+def test_a_student_drops_nothing_and_is_seen_before_its_outputs_are_rounded(quantized):
+    student = quantized("fixed")
+    rates = [layer.rate for layer in layers_of(student) if isinstance(layer, keras.layers.Dropout)]
+    rounded = np.asarray(student(IMAGES, training=False))
+    steps = rounded * 256
+    np.testing.assert_allclose(steps, np.round(steps), atol=1e-4)
+    with without_dropout(student), unrounded_outputs(student):
+        first, second = (np.asarray(student(IMAGES, training=True)) for _ in range(2))
+        np.testing.assert_array_equal(first, second)
+        # Not even the scores are rounded: the probabilities have no steps, and sum to 1.
+        np.testing.assert_allclose(first.sum(axis=1), 1, atol=1e-6)
+        np.testing.assert_allclose(first, rounded, atol=0.02)
+        assert abs(first * 256 - np.round(first * 256)).max() > 0.1
+        # What is measured, and what the file will hold, is rounded as ever.
+        np.testing.assert_array_equal(np.asarray(student(IMAGES, training=False)), rounded)
+    assert rates == [0.2]
+    assert rates == [
+        layer.rate for layer in layers_of(student) if isinstance(layer, keras.layers.Dropout)
+    ]
+    dropped = [np.asarray(student(IMAGES, training=True)) for _ in range(2)]
+    assert np.any(dropped[0] != dropped[1])
+    np.testing.assert_allclose(dropped[0] * 256, np.round(dropped[0] * 256), atol=1e-4)
 
 
 def test_backup_and_restore(quantized, tmp_path):
