@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 # V1-B0 is sure of nearly all photographs.
-DISTILL = "--distill --temperature 4".split()
+SOFT = "--temperature 4".split()
 UNEQUALIZED = (
     "--corrections swish_rescaling,swish_splitting,learned_rounding,bias_correction --epochs 10"
 ).split()
@@ -58,11 +58,11 @@ class Row:
 
 
 ROWS = {
-    "V1-B0, labels": Row("V1-B0", "train", []),
-    "V1-B0, labels, not equalized": Row("V1-B0", "train", UNEQUALIZED),
-    "V1-B0, distilled": Row("V1-B0", "train", DISTILL),
-    "V1-B0, distilled, not equalized": Row("V1-B0", "train", DISTILL + UNEQUALIZED),
-    "V1-B0, distilled, 200 photographs": Row("V1-B0", "calibration", DISTILL),
+    "V1-B0, labels": Row("V1-B0", "train", SOFT),
+    "V1-B0, labels, not equalized": Row("V1-B0", "train", SOFT + UNEQUALIZED),
+    "V1-B0, distilled": Row("V1-B0", "train", ["--distill", *SOFT]),
+    "V1-B0, distilled, not equalized": Row("V1-B0", "train", ["--distill", *SOFT, *UNEQUALIZED]),
+    "V1-B0, distilled, 200 photographs": Row("V1-B0", "calibration", ["--distill", *SOFT]),
     "V2-B0, distilled, 200 photographs": Row("V2-B0", "calibration", ["--distill"]),
 }
 

@@ -139,13 +139,19 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="evaluate and keep a moving average of the weights; 0 for none (default: 0.95)",
     )
+    training.add_argument(
+        "--temperature",
+        metavar="X",
+        type=float,
+        help="of the logits of both models, where the float model is learned from (default: 1)",
+    )
     labelled = parser.add_argument_group("training with labels")
     labelled.add_argument("--label-smoothing", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument(
         "--teacher-weight",
         metavar="SHARE",
         type=float,
-        help="of the float model's predictions in the targets, beside the labels; with it the "
+        help="of the divergence from the float model in the loss, beside the labels; with it the "
         "files agree more with the float model, and dropout is left out (default: 0.95)",
     )
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
@@ -162,9 +168,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     distillation.add_argument(
         "--distill-mode", choices=("end_to_end", "block_wise"), help="(default: end_to_end)"
-    )
-    distillation.add_argument(
-        "--temperature", metavar="X", type=float, help="of both models' logits (default: 1)"
     )
     distillation.add_argument(
         "--feature-weight",
@@ -278,7 +281,7 @@ def _check(args: argparse.Namespace) -> None:
             )
     wrong = {
         True: (*_OF_LABELS, "tensorboard", "validation_data", "validation_share", "distribute"),
-        False: ("distill_mode", "temperature", "feature_weight"),
+        False: ("distill_mode", "feature_weight"),
     }[args.distill]
     for name in wrong:
         if getattr(args, name) not in (None, False):
@@ -288,6 +291,10 @@ def _check(args: argparse.Namespace) -> None:
                 if args.distill
                 else f"{flag} belongs to --distill."
             )
+    if args.teacher_weight == 0 and args.temperature is not None:
+        raise UsageError(
+            "--temperature is for learning from the float model: drop it, or --teacher-weight 0."
+        )
     if args.distill and args.training_ranges == "moving_average":
         raise UsageError(
             "--distill freezes no moving averages: use --training-ranges fixed or learned."
@@ -366,6 +373,7 @@ class _Labelled(_Job):
             args,
             [self._phase()],
             teacher_weight=args.teacher_weight,
+            teacher_temperature=1.0 if args.temperature is None else args.temperature,
             # Few images change their class.
             best_by="cross_entropy",
         )

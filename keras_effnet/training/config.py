@@ -96,14 +96,15 @@ class TrainingConfig:
             https://arxiv.org/abs/1711.05101), at least 0.
         label_smoothing: Share of the target given to all classes alike, in [0, 1) (Szegedy et
             al., 2016, section 7, https://arxiv.org/abs/1512.00567).
-        teacher_weight: Share of the targets that the predictions of a teacher take, in [0, 1]; the
-            labels keep the rest (Hinton et al., 2015, section 2,
+        teacher_weight: Share of the loss that the divergence from a teacher takes, in [0, 1]; the
+            cross-entropy with the labels keeps the rest (Hinton et al., 2015, section 2,
             https://arxiv.org/abs/1503.02531).
+        teacher_temperature: Divides the logits of both in that divergence, positive.
         ema: Momentum of a moving average of the weights, in [0, 1); 0 for none. With it, the
             average is what is evaluated and saved.
         best_by: What tells the best state: "accuracy" on the validation images, of equal ones the
             lower cross-entropy; or "cross_entropy" alone, which tells more where the accuracy
-            hardly moves.
+            hardly moves. With a teacher it is that with its predictions and the labels, by weight.
         class_weights: "balanced" weighs each image by how rare its class is; or "none".
         augmentation: Of the training images.
         mixed_precision: "float16" or "bfloat16" for the arithmetic, or None for float32.
@@ -122,6 +123,7 @@ class TrainingConfig:
     weight_decay: float = 1e-5
     label_smoothing: float = 0.1
     teacher_weight: float = 0.0
+    teacher_temperature: float = 1.0
     ema: float = 0.0
     best_by: str = "accuracy"
     class_weights: str = "none"
@@ -145,6 +147,7 @@ class TrainingConfig:
             weight_decay=(0 <= self.weight_decay < math.inf, "at least 0"),
             label_smoothing=(0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             teacher_weight=(0 <= self.teacher_weight <= 1, "in 0..1"),
+            teacher_temperature=(0 < self.teacher_temperature < math.inf, "positive"),
             ema=(0 <= self.ema < 1, "at least 0 and below 1"),
             best_by=(self.best_by in BEST_BY, f"one of {BEST_BY}"),
             class_weights=(self.class_weights in CLASS_WEIGHTS, f"one of {CLASS_WEIGHTS}"),

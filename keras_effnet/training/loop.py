@@ -27,6 +27,7 @@ from keras_effnet.training.checkpoint import (
 from keras_effnet.training.config import Phase, TrainingConfig
 from keras_effnet.training.interruption import Interruption, interruptible
 from keras_effnet.training.replicas import Replicas
+from keras_effnet.training.teaching import TaughtLoss, metrics_of, taught
 from keras_effnet.weights import finalize_normalization
 
 CHECKPOINT, BEST, LAST = "checkpoint.npz", "best.keras", "last.keras"
@@ -103,9 +104,9 @@ def train(
         config: How to train.
         saved_as: A model of the same weights, in float32, in which states are saved.
         replicas: The devices; one by default.
-        teacher: A model of the same input and classes, whose probabilities the targets contain
-            with the weight `config.teacher_weight`. It sees the images as they were varied, and is
-            not changed.
+        teacher: A model of the same input and classes, whose probabilities are learned beside the
+            labels, with the weight `config.teacher_weight`. It sees the images as they were varied,
+            and is not changed.
         resume: Whether to go on from the folder's checkpoint.
         observer: Is told of the progress.
         callbacks: Keras callbacks: called at the beginning and end of each phase, of epochs
@@ -230,12 +231,11 @@ class _Run:
         self.callbacks.on_epoch_begin(len(position.history))
 
         def produce(rows: slice) -> Iterator[Batch]:
-            batches = self.batches.epoch(position.phase, epoch, rows, first)
-            return batches if self.teacher is None else map(self._taught, batches)
+            return self._taught(self.batches.epoch(position.phase, epoch, rows, first))
 
         epoch, first = position.epoch, position.step
         with self._own_errors(self.batches):
-            fed = self.replicas.feed(produce, self.batches.images, self.config.batch_size)
+            fed = self._feed(produce, self.batches.images)
             for step in range(first, steps):
                 batch = next(fed)
                 self.callbacks.on_train_batch_begin(step)
@@ -255,11 +255,12 @@ class _Run:
                     self._save_checkpoint()
         return True
 
-    def _taught(self, batch: Batch) -> Batch:
-        """Blends the teacher's predictions into the targets: the loss is linear in them."""
-        share = self.config.teacher_weight
-        predicted = keras.ops.convert_to_numpy(self.teacher.predict_on_batch(batch.images))
-        return batch._replace(targets=(1 - share) * batch.targets + share * predicted)
+    def _feed(self, produce: Callable[[slice], Iterator[Batch]], images: Images) -> Iterator[Any]:
+        targets = images.classes * (1 if self.teacher is None else 2)
+        return self.replicas.feed(produce, images.size, targets, self.config.batch_size)
+
+    def _taught(self, batches: Iterator[Batch]) -> Iterator[Batch]:
+        return batches if self.teacher is None else (taught(self.teacher, each) for each in batches)
 
     def _finish_epoch(self, phase: Phase, figures: dict[str, float]) -> None:
         position, steps = self.position, self.batches.steps
@@ -282,8 +283,9 @@ class _Run:
 
     def _evaluate(self) -> dict[str, float]:
         with self._own_errors(self.validation):
-            images = self.validation.images
-            fed = self.replicas.feed(self.validation.batches, images, self.config.batch_size)
+            fed = self._feed(
+                lambda rows: self._taught(self.validation.batches(rows)), self.validation.images
+            )
             steps = range(self.validation.steps)
             figures = self.replicas.test(self.model, (next(fed) for _ in steps))
         return {f"val_{name}": value for name, value in figures.items()}
@@ -352,13 +354,19 @@ def compile_model(model: keras.Model, config: TrainingConfig, phase: Phase, step
         ema_momentum=config.ema or 0.99,
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
-    model.compile(
-        optimizer,
-        loss=keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing),
-        weighted_metrics=[
+    if config.teacher_weight:
+        loss = TaughtLoss(config.teacher_weight, config.teacher_temperature, config.label_smoothing)
+        metrics = metrics_of(config.teacher_weight)
+    else:
+        loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
+        metrics = [
             keras.metrics.CategoricalAccuracy(name="accuracy"),
             keras.metrics.CategoricalCrossentropy(name="cross_entropy"),
-        ],
+        ]
+    model.compile(
+        optimizer,
+        loss=loss,
+        weighted_metrics=metrics,
         # Elsewhere than on JAX, compiling takes longer than many fine-tunings.
         jit_compile=keras.backend.backend() == "jax",
     )

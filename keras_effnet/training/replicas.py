@@ -18,7 +18,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_effnet.training.batches import Batch, Images
+from keras_effnet.training.batches import Batch
 
 # Makes some rows of every batch.
 Produce = Callable[[slice], Iterator[Batch]]
@@ -61,8 +61,17 @@ class Replicas:
             ValueError: If they do not. All processes raise it.
         """
 
-    def feed(self, produce: Produce, images: Images, batch_size: int) -> Iterator[Any]:
-        """Starts a pass over images: batches in the form that `train` and `test` take."""
+    def feed(
+        self, produce: Produce, size: tuple[int, int], targets: int, batch_size: int
+    ) -> Iterator[Any]:
+        """Starts a pass over images: batches in the form that `train` and `test` take.
+
+        Args:
+            produce: Yields those rows of every batch that it is asked for.
+            size: (height, width) of the images.
+            targets: Values of an image's target.
+            batch_size: Images of a batch, over all devices.
+        """
         return produce(slice(None))
 
     def train(self, model: keras.Model, batch: Any) -> dict[str, float]:
@@ -162,11 +171,13 @@ class TensorFlowReplicas(Replicas):
                 "command, files and versions, on machines with processors of one kind."
             )
 
-    def feed(self, produce: Produce, images: Images, batch_size: int) -> Iterator[Any]:
+    def feed(
+        self, produce: Produce, size: tuple[int, int], targets: int, batch_size: int
+    ) -> Iterator[Any]:
         import tensorflow as tf
 
         each = batch_size // self.count
-        shapes = ((each, *images.size, 3), (each, images.classes), (each,))
+        shapes = ((each, *size, 3), (each, targets), (each,))
         signature = tuple(tf.TensorSpec(shape, tf.float32) for shape in shapes)
 
         def of_process(context: Any) -> Any:

@@ -82,7 +82,7 @@ def report_of(tmp_path):
         ({"keras_model": None, "model": "EfficientNetTiny", "weights": "none"}, "Random weights"),
         ({"train_data": None}, "--train-data is needed"),
         ({"evaluation_data": "none"}, "--evaluation-data: there is no 'none'"),
-        ({"temperature": 2}, "--temperature belongs to --distill"),
+        ({"temperature": 2, "teacher_weight": 0}, "--temperature is for learning from the float"),
         ({"distill": True, "ema": 1.0}, "`ema` must be in [0, 1)"),
         ({"distill": True, "validation_share": 0.5}, "--validation-share belongs to training with"),
         ({"distill": True, "teacher_weight": 0.5}, "--teacher-weight belongs to training with"),
@@ -181,7 +181,12 @@ def test_training_with_labels_resumes_and_reports_three_forms(
     assert files[0] == files[1]
 
     # The float model's predictions are other targets than the labels; images are blended.
-    given |= {"teacher_weight": 0.5, "mixup": 1.0, "output_dir": tmp_path / "taught"}
+    given |= {
+        "teacher_weight": 0.5,
+        "temperature": 2,
+        "mixup": 1.0,
+        "output_dir": tmp_path / "taught",
+    }
     assert run(**given, evaluation_data=photographs) == 0
     taught = json.loads((tmp_path / "taught" / "report.json").read_text())
     assert [row["top1"] for row in taught["rows"]] == [1.0] * 4

@@ -21,6 +21,7 @@ from keras_effnet.training import (
     train,
 )
 from keras_effnet.training.loop import BEST, CHECKPOINT, LAST
+from keras_effnet.training.teaching import TaughtLoss, metrics_of
 
 PHASES = (Phase("head", 1, 1e-2, frozen="all"), Phase("stages", 2, 1e-2, frozen=0))
 RANDOM = AugmentationConfig(rand_augment=1, mixup=0.2, cutmix=1.0)
@@ -340,7 +341,7 @@ def test_a_last_update_that_is_no_number_does_not_pass_for_an_end(run):
 class Hiding(Replicas):
     """Hides what goes wrong in a batch behind an error of its own, as TensorFlow does."""
 
-    def feed(self, produce, images, batch_size):
+    def feed(self, produce, size, targets, batch_size):
         try:
             yield from produce(slice(None))
         except ValueError as error:
@@ -390,6 +391,7 @@ def test_the_observer_is_told_everything_in_order(run):
         ({"warm_up": 1}, "`warm_up`"),
         ({"label_smoothing": 1}, "`label_smoothing`"),
         ({"teacher_weight": 1.1}, "`teacher_weight` must be in 0..1"),
+        ({"teacher_temperature": 0.0}, "`teacher_temperature` must be positive"),
         ({"ema": 1.0}, "`ema`"),
         ({"class_weights": "some"}, "`class_weights` must be one of"),
         ({"best_by": "loss"}, "`best_by` must be one of"),
@@ -439,6 +441,45 @@ def test_a_teacher_takes_the_place_of_the_labels(run):
     assert distance[1.0] < 0.5 * distance[0.0]
     for weight, twin in zip(teacher.get_weights(), before, strict=True):
         np.testing.assert_array_equal(weight, twin)
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("share", [0.0, 0.75, 1.0])
+def test_the_loss_is_that_of_labels_and_teacher(share, temperature):
+    rng = np.random.default_rng(0)
+    of_teacher, of_student = rng.normal(size=(2, 6, 4)) * 2
+    labels = np.eye(4)[rng.integers(0, 4, 6)]
+    targets = np.concatenate([labels, softmax(of_teacher)], axis=1).astype("float32")
+    loss = TaughtLoss(share, temperature)
+    found = float(loss(targets, softmax(of_student).astype("float32")))
+    plain = -(labels * np.log(softmax(of_student))).sum(axis=1).mean()
+    soft, own = softmax(of_teacher / temperature), softmax(of_student / temperature)
+    divergence = (soft * np.log(soft / own)).sum(axis=1).mean()
+    expected = (1 - share) * plain + share * temperature**2 * divergence
+    assert found == pytest.approx(expected, rel=1e-4)
+    # It is least where the student does what the teacher does.
+    best = float(TaughtLoss(1.0, temperature)(targets, softmax(of_teacher).astype("float32")))
+    assert best == pytest.approx(0, abs=1e-5) and divergence > 0.1
+
+
+def test_accuracy_is_that_of_the_labels_and_the_cross_entropy_that_of_both():
+    labels = np.eye(3)[[0, 1]]
+    wanted = np.array([[0.1, 0.8, 0.1], [0.2, 0.6, 0.2]])
+    # An integer softmax has rounded one probability to 0.
+    outputs = np.array([[0.2, 0.8, 0.0], [0.1, 0.5, 0.4]])
+    targets = np.concatenate([labels, wanted], axis=1).astype("float32")
+    accuracy, cross_entropy = (
+        float(metric(targets, outputs.astype("float32"))) for metric in metrics_of(0.5)
+    )
+    assert accuracy == 0.5
+    both = 0.5 * labels + 0.5 * wanted
+    expected = -(both * np.log(np.maximum(outputs, 1 / 512))).sum(axis=1).mean()
+    assert cross_entropy == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("share", "given"), [(0.5, False), (0.0, True)])
