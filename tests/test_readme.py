@@ -131,7 +131,11 @@ def test_onnx_runs_without_this_package(small, capsys):
 def test_commands_are_one_line_each_and_name_what_exists(capsys):
     commands = [line for block in blocks("sh") for line in block.splitlines()]
     fresh = [line for line in commands if line.startswith("python3 -m venv .venv && ")]
-    assert [line.rsplit(maxsplit=1)[1] for line in fresh] == ["quickstart", "pytest"]
+    ran = [shlex.split(line.rpartition(" && ")[2]) for line in fresh]
+    assert [words[1:] for words in ran] == [
+        ["quickstart"],
+        ["-m", "pytest", "-n", "2", "--dist", "loadfile"],
+    ]
     setup = (ROOT / "setup.py").read_text(encoding="utf-8")
     for line in fresh:
         (extra,) = re.findall(r"-e '\.\[(\w+)\]'", line)
