@@ -176,8 +176,8 @@ def unrounded_outputs(model: keras.Model) -> Iterator[None]:
     """Lets the loss see a classifier's outputs, and its scores, before they are rounded.
 
     A probability of less than 1/512 is rounded to 0 and a score beyond its range is clipped, where
-    the loss has no gradient though it is large. Outside training nothing changes. To be entered
-    before the first training step.
+    the loss has no gradient though it is large. Outside training nothing changes. Their ranges are
+    not learned, since the loss does not see them. To be entered before the model is compiled.
 
     Args:
         model: A model made by `quantize_model`.
@@ -186,14 +186,14 @@ def unrounded_outputs(model: keras.Model) -> Iterator[None]:
     output = graph[graph.outputs[0]]
     names = [output.name, *(output.inputs if output.op in ("softmax", "sigmoid") else ())]
     suffixed = {name + RANGE_SUFFIX for name in names}
-    ranges = [layer for layer in layers_of(model) if layer.name in suffixed]
+    ranges = {layer: layer.trainable for layer in layers_of(model) if layer.name in suffixed}
     try:
         for layer in ranges:
-            layer.trained = False
+            layer.trained = layer.trainable = False
         yield
     finally:
-        for layer in ranges:
-            layer.trained = True
+        for layer, trainable in ranges.items():
+            layer.trained, layer.trainable = True, trainable
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:

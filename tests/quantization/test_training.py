@@ -263,6 +263,19 @@ def test_a_student_drops_nothing_and_is_seen_before_its_outputs_are_rounded(quan
     np.testing.assert_allclose(dropped[0] * 256, np.round(dropped[0] * 256), atol=1e-4)
 
 
+def test_ranges_that_the_loss_does_not_see_are_not_learned(quantized):
+    student = quantized("learned")
+    before, trainable = ranges(student), len(student.trainable_variables)
+    with unrounded_outputs(student):
+        # Scores and probabilities; a bound without a gradient would end in a warning.
+        assert len(student.trainable_variables) == trainable - 2
+        fit(compiled(student), epochs=1)
+    assert len(student.trainable_variables) == trainable
+    after = ranges(student)
+    moved = [name for name in before if before[name] != after[name]]
+    assert moved and not any("predictions" in name or "dense" in name for name in moved)
+
+
 def test_backup_and_restore(quantized, tmp_path):
     seen = []
 
