@@ -8,6 +8,7 @@ learns to give the float model's features from what the quantized blocks before 
 """
 
 import dataclasses
+import functools
 import hashlib
 import os
 from collections.abc import Iterable
@@ -248,6 +249,18 @@ def _logits(graph: Graph) -> str:
     return output.inputs[0] if output.op in ("softmax", "sigmoid") else output.name
 
 
+def divergence(target, output, temperature: float):
+    """Returns the divergence of each image's classes (nats) between logits of shape (n, classes).
+
+    Its gradient is as large at any temperature as at 1.
+    """
+    target, output = (
+        ops.log_softmax(ops.cast(logits, "float32") / temperature, axis=-1)
+        for logits in (target, output)
+    )
+    return temperature**2 * ops.sum(ops.exp(target) * (target - output), axis=-1)
+
+
 def _relative_error(target, output):
     """Squared error of each image, relative to the energy of the batch."""
     target, output = ops.cast(target, "float32"), ops.cast(output, "float32")
@@ -278,7 +291,11 @@ class _Run:
         self.wanted = self._observed([self.names[0]]).predict(
             self.held, config.batch_size, verbose=0
         )
-        self.measure = self._divergence(1.0) if self.wanted.ndim == 2 else _relative_error
+        self.measure = (
+            functools.partial(divergence, temperature=1.0)
+            if self.wanted.ndim == 2
+            else _relative_error
+        )
         before, self.best = self._settled()
         self.result = Distillation(before, before)
         # Finished blocks; finished epochs of the block after them, and those without improvement.
@@ -351,7 +368,11 @@ class _Run:
         tensors = [scores, *(self._tensor(name) for name in ends)]
         trainer = keras.Model(self.model.inputs[0], tensors)
         classes = len(self.wanted.shape) == 2
-        losses = [self._divergence(config.temperature) if classes else _relative_error]
+        losses = [
+            functools.partial(divergence, temperature=config.temperature)
+            if classes
+            else _relative_error
+        ]
         losses += [_relative_error] * len(ends)
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
         self._compile(trainer, losses, weights)
@@ -481,18 +502,6 @@ class _Run:
             return distance, self.model.get_weights()
         finally:
             self.model.set_weights(trained)
-
-    @staticmethod
-    def _divergence(temperature):
-        def divergence(target, output):
-            target, output = (
-                ops.log_softmax(ops.cast(logits, "float32") / temperature, axis=-1)
-                for logits in (target, output)
-            )
-            # The factor keeps the gradient as large as at temperature 1.
-            return temperature**2 * ops.sum(ops.exp(target) * (target - output), axis=-1)
-
-        return divergence
 
     @in_float32()
     def _observed(self, names):

@@ -256,7 +256,7 @@ def _squared_errors(values, exact, factor):
     scale, zero = levels_of(low_in, high)
     # The input has 256 values, so has the output.
     inputs = (np.arange(256, dtype=np.float32) - zero) * scale * factor
-    outputs = _round(swish(inputs) / factor, low_out, high) * factor
+    outputs = round_to(swish(inputs) / factor, low_out, high) * factor
     levels = values / (factor * scale)
     np.rint(levels, out=levels)
     levels += zero
@@ -275,7 +275,7 @@ def levels_of(low, high):
     return scale, np.round(low / scale)
 
 
-def _round(values, low, high):
+def round_to(values, low, high):
     scale, zero = levels_of(low, high)
     return np.clip(np.round(values / scale), -zero, 255 - zero) * scale
 

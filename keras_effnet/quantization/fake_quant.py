@@ -104,7 +104,7 @@ class FakeQuant(keras.layers.Layer):
         self.fixed = fixed
         self.unit = float(power_of_two(maximum - minimum))
         # Whether training rounds (`training.unrounded_outputs`).
-        self.trained = True
+        self.rounds_in_training = True
 
     def build(self, input_shape):
         # The bound that is farther from 0 stays away from it, so that the range never collapses.
@@ -133,7 +133,7 @@ class FakeQuant(keras.layers.Layer):
         values = ops.cast(inputs, "float32")
         if self.ranges == MOVING_AVERAGE and training:
             self._follow(values)
-        if training and not self.trained:
+        if training and not self.rounds_in_training:
             return inputs
         rounded = keras.quantizers.fake_quant_with_min_max_vars(
             values, self.minimum * self.unit, self.maximum * self.unit

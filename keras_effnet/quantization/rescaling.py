@@ -23,7 +23,15 @@ import dataclasses
 import numpy as np
 
 from .calibration import TensorStatistics
-from .equalization import absorb, divide_outputs, levels_of, search_rows, swish, swish_source
+from .equalization import (
+    absorb,
+    divide_outputs,
+    levels_of,
+    round_to,
+    search_rows,
+    swish,
+    swish_source,
+)
 from .graph import Graph
 from .importance import energy
 
@@ -119,10 +127,8 @@ def _rounded_swish(end, least):
     """Returns the rounded swish of each of the 256 inputs, and their step and zero."""
     low = min(-FLAT_BELOW, end / 2, max(LOBE, -least))
     scale, zero = levels_of(low, end)
-    step, zero_out = levels_of(LOBE, end)
     inputs = (np.arange(256, dtype=np.float32) - zero) * scale
-    outputs = np.clip(np.round(swish(inputs) / step), -zero_out, 255 - zero_out) * step
-    return outputs, scale, zero
+    return round_to(swish(inputs), LOBE, end), scale, zero
 
 
 def _fit(values, exact, rows, power, factor, table, scale, zero):

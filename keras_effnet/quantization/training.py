@@ -189,11 +189,11 @@ def unrounded_outputs(model: keras.Model) -> Iterator[None]:
     ranges = {layer: layer.trainable for layer in layers_of(model) if layer.name in suffixed}
     try:
         for layer in ranges:
-            layer.trained = layer.trainable = False
+            layer.rounds_in_training = layer.trainable = False
         yield
     finally:
         for layer, trainable in ranges.items():
-            layer.trained, layer.trainable = True, trainable
+            layer.rounds_in_training, layer.trainable = True, trainable
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:

@@ -27,7 +27,7 @@ from keras_effnet.training.checkpoint import (
 from keras_effnet.training.config import Phase, TrainingConfig
 from keras_effnet.training.interruption import Interruption, interruptible
 from keras_effnet.training.replicas import Replicas
-from keras_effnet.training.teaching import TaughtLoss, metrics_of, taught
+from keras_effnet.training.teaching import loss_of, metrics_of, taught
 from keras_effnet.weights import finalize_normalization
 
 CHECKPOINT, BEST, LAST = "checkpoint.npz", "best.keras", "last.keras"
@@ -355,7 +355,7 @@ def compile_model(model: keras.Model, config: TrainingConfig, phase: Phase, step
     )
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     if config.teacher_weight:
-        loss = TaughtLoss(config.teacher_weight, config.teacher_temperature, config.label_smoothing)
+        loss = loss_of(config.teacher_weight, config.teacher_temperature, config.label_smoothing)
         metrics = metrics_of(config.teacher_weight)
     else:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)

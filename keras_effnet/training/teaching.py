@@ -5,12 +5,14 @@ Source: Hinton et al., 2015, section 2 (https://arxiv.org/abs/1503.02531).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_effnet.quantization.distillation import divergence
 from keras_effnet.training.batches import Batch
 
 # Smaller probabilities count as so much; as in Keras' cross-entropies.
@@ -31,51 +33,28 @@ def _parts(targets: Any) -> tuple[Any, Any]:
     return targets[:, :classes], targets[:, classes:]
 
 
-@keras.saving.register_keras_serializable(package="keras_effnet")
-class TaughtLoss(keras.losses.Loss):
-    """The cross-entropy with the labels and the divergence from the teacher.
+def loss_of(share: float, temperature: float, label_smoothing: float) -> Callable[[Any, Any], Any]:
+    """Returns the loss: the cross-entropy with the labels and the divergence from the teacher.
+
+    Targets are those of `taught`; predictions are probabilities, `(n, classes)`.
 
     Args:
         share: Weight of the teacher, in [0, 1]; the labels have the rest.
-        temperature: Divides the logits of teacher and student, positive. The gradient is kept as
-            large as at temperature 1.
+        temperature: Divides the logits of teacher and student, positive.
         label_smoothing: Of the labels, in [0, 1).
-        name: Name of the loss.
-
-    Targets are those of `taught`; predictions are probabilities, `(n, classes)`.
     """
 
-    def __init__(
-        self,
-        share: float,
-        temperature: float = 1.0,
-        label_smoothing: float = 0.0,
-        name: str = "taught_loss",
-    ) -> None:
-        super().__init__(name=name)
-        self.share, self.temperature, self.label_smoothing = share, temperature, label_smoothing
-
-    def call(self, y_true: Any, y_pred: Any) -> Any:
+    def loss(y_true: Any, y_pred: Any) -> Any:
         labels, wanted = _parts(ops.cast(y_true, "float32"))
         y_pred = ops.cast(y_pred, "float32")
         plain = keras.losses.categorical_crossentropy(
-            labels, y_pred, label_smoothing=self.label_smoothing
+            labels, y_pred, label_smoothing=label_smoothing
         )
         # Logits are logarithms of probabilities, but for a constant.
-        wanted, found = (
-            ops.log_softmax(ops.log(ops.maximum(part, _LEAST)) / self.temperature, axis=-1)
-            for part in (wanted, y_pred)
-        )
-        divergence = ops.sum(ops.exp(wanted) * (wanted - found), axis=-1)
-        return (1 - self.share) * plain + self.share * self.temperature**2 * divergence
+        logits = (ops.log(ops.maximum(part, _LEAST)) for part in (wanted, y_pred))
+        return (1 - share) * plain + share * divergence(*logits, temperature)
 
-    def get_config(self) -> dict[str, Any]:
-        return {
-            "share": self.share,
-            "temperature": self.temperature,
-            "label_smoothing": self.label_smoothing,
-            "name": self.name,
-        }
+    return loss
 
 
 def metrics_of(share: float) -> list[keras.metrics.Metric]:
