@@ -62,7 +62,9 @@ ROWS = {
     "V1-B0, labels, not equalized": Row("V1-B0", "train", SOFT + UNEQUALIZED),
     "V1-B0, distilled": Row("V1-B0", "train", ["--distill", *SOFT]),
     "V1-B0, distilled, not equalized": Row("V1-B0", "train", ["--distill", *SOFT, *UNEQUALIZED]),
-    "V1-B0, distilled, 200 photographs": Row("V1-B0", "calibration", ["--distill", *SOFT]),
+    "V1-B0, distilled, 200 photographs": Row(
+        "V1-B0", "calibration", ["--distill", *SOFT, "--equalize", "all"]
+    ),
     "V2-B0, distilled, 200 photographs": Row("V2-B0", "calibration", ["--distill"]),
 }
 

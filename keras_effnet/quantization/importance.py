@@ -1,8 +1,9 @@
 """How much the rounding error of each channel of a tensor matters to what reads it.
 
 Measured by the energy (sum of squares) of the kernels that read the channel: an error is amplified
-by them. On networks whose channels have very different gains this decides the range of a tensor
-far better than the plain squared error does.
+by them. A depthwise convolution passes it on to the readers of the same channel, whose kernels
+amplify it again. On networks whose channels have very different gains this decides the range of a
+tensor far better than the plain squared error does.
 """
 
 import numpy as np
@@ -12,6 +13,18 @@ from .ranges import Consumer
 
 # A squeeze-and-excite gate is about one half, so it passes a quarter of an error's energy.
 GATE_ENERGY = 0.25
+# Operations whose output has the channels of the input, with errors of about the same size.
+PASSING = (
+    "add",
+    "dropout",
+    "pad",
+    "max_pool",
+    "avg_pool",
+    "reshape",
+    "relu",
+    "relu6",
+    "hard_swish",
+)
 
 
 def consumer_of(graph: Graph, name: str) -> Consumer:
@@ -55,16 +68,21 @@ def energy(graph: Graph, name: str) -> np.ndarray:
     channels = graph[name].shape[-1]
     total = np.zeros(channels)
     for reader in graph.consumers(name):
-        if reader.op in ("conv", "dense", "depthwise"):
+        if reader.op in ("conv", "dense"):
             kernel = reader.weights["kernel"].astype(np.float64)
             if reader.op == "conv" and reader.attrs["groups"] != 1:
                 total += np.mean(kernel**2)
             else:
                 axis = 1 if reader.op == "dense" else (0, 1, 3)
                 total += np.sum(kernel**2, axis=axis)
+        elif reader.op == "depthwise":
+            # A channel stays itself, so what reads it behind decides as well.
+            own = np.sum(reader.weights["kernel"].astype(np.float64) ** 2, axis=(0, 1, 3))
+            behind = energy(graph, reader.name)
+            total += own * behind if behind.any() else own
         elif reader.op == "mul" and reader.shape == graph[name].shape:
             total += GATE_ENERGY * energy(graph, reader.name)
-        elif reader.op in ("add", "dropout", "pad", "max_pool", "avg_pool", "reshape"):
+        elif reader.op in PASSING:
             if reader.shape[-1] == channels:
                 total += energy(graph, reader.name)
     # The mean over an image averages errors out, so global pooling counts only where nothing

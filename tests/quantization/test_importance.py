@@ -39,3 +39,17 @@ def test_importance_is_the_energy_of_the_kernels_that_read_the_channels(graph):
     energy = np.sum(kernel**2, axis=(0, 1, 3))
     importance = consumer_of(graph, "swished").importance
     np.testing.assert_allclose(importance, energy / energy.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["linear", "relu6", "swish"])
+def test_a_depthwise_convolution_passes_importance_on_channel_by_channel(activation):
+    def separable(x):
+        x = layers.Conv2D(4, 1, name="expand")(x)
+        x = layers.DepthwiseConv2D(3, activation=activation, name="deep")(x)
+        return layers.Conv2D(5, 1, name="project")(x)
+
+    graph = folded(functional(8, separable))
+    kernels = [graph[name].weights["kernel"].astype(np.float64) for name in ("deep", "project")]
+    energy = np.sum(kernels[0] ** 2, axis=(0, 1, 3)) * np.sum(kernels[1] ** 2, axis=(0, 1, 3))
+    importance = consumer_of(graph, "expand").importance
+    np.testing.assert_allclose(importance, energy / energy.mean(), rtol=1e-6)
