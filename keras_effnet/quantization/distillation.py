@@ -291,11 +291,7 @@ class _Run:
         self.wanted = self._observed([self.names[0]]).predict(
             self.held, config.batch_size, verbose=0
         )
-        self.measure = (
-            functools.partial(divergence, temperature=1.0)
-            if self.wanted.ndim == 2
-            else _relative_error
-        )
+        self.measure = self._loss(temperature=1.0)
         before, self.best = self._settled()
         self.result = Distillation(before, before)
         # Finished blocks; finished epochs of the block after them, and those without improvement.
@@ -358,6 +354,12 @@ class _Run:
             self.model.set_weights(self.best)
         return self.result
 
+    def _loss(self, temperature):
+        """The divergence of classes; of other outputs the relative error."""
+        if self.wanted.ndim != 2:
+            return _relative_error
+        return functools.partial(divergence, temperature=temperature)
+
     def _end_to_end(self, verbose):
         config = self.config
         ends = _stage_ends(self.teacher, self.boundaries) if config.feature_weight else []
@@ -367,13 +369,7 @@ class _Run:
         scores = self.model.get_layer(self.names[1]).output
         tensors = [scores, *(self._tensor(name) for name in ends)]
         trainer = keras.Model(self.model.inputs[0], tensors)
-        classes = len(self.wanted.shape) == 2
-        losses = [
-            functools.partial(divergence, temperature=config.temperature)
-            if classes
-            else _relative_error
-        ]
-        losses += [_relative_error] * len(ends)
+        losses = [self._loss(config.temperature)] + [_relative_error] * len(ends)
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
         self._compile(trainer, losses, weights)
         position = self.position

@@ -41,7 +41,7 @@ def test_importance_is_the_energy_of_the_kernels_that_read_the_channels(graph):
     np.testing.assert_allclose(importance, energy / energy.mean(), rtol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["linear", "relu6", "swish"])
+@pytest.mark.parametrize("activation", ["linear", "relu", "relu6", "hard_swish", "swish"])
 def test_a_depthwise_convolution_passes_importance_on_channel_by_channel(activation):
     def separable(x):
         x = layers.Conv2D(4, 1, name="expand")(x)
