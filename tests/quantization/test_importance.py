@@ -44,8 +44,11 @@ def test_importance_is_the_energy_of_the_kernels_that_read_the_channels(graph):
 @pytest.mark.parametrize("activation", ["linear", "relu", "relu6", "hard_swish", "swish"])
 def test_a_depthwise_convolution_passes_importance_on_channel_by_channel(activation):
     def separable(x):
+        other = layers.Conv2D(4, 3, name="other")(x)
         x = layers.Conv2D(4, 1, name="expand")(x)
-        x = layers.DepthwiseConv2D(3, activation=activation, name="deep")(x)
+        x = layers.DepthwiseConv2D(3, name="deep")(x)
+        # Behind a sum, so that no kernel takes the activation in.
+        x = layers.Activation(activation)(layers.Add()([x, other]))
         return layers.Conv2D(5, 1, name="project")(x)
 
     graph = folded(functional(8, separable))
