@@ -44,9 +44,32 @@ def power_of_two(values) -> np.ndarray:
     return np.exp2(np.ceil(np.log2(np.asarray(values, np.float64)))).astype(np.float32)
 
 
+def fake_quant(values, low, high, **kwargs):
+    """`keras.quantizers.fake_quant_with_min_max_vars` for a range that no gradient trains.
+
+    It rounds as that does, and its gradient to the values is 1 where they lie in the range. The
+    gradient of that function also sums what was clipped, at both ends, which takes longer than all
+    the rest, and keeps the values for it; here a mask is kept, a quarter of their size.
+    """
+
+    @ops.custom_gradient
+    def straight_through(values, low, high):
+        inside = ops.logical_and(values >= low, values <= high)
+
+        def gradient(*args, upstream=None):
+            upstream = args[0] if upstream is None else upstream
+            nothing = ops.zeros_like(low)
+            # No product with the mask as numbers: TensorFlow makes those at once, and keeps them.
+            return ops.where(inside, upstream, 0.0), nothing, nothing
+
+        return keras.quantizers.fake_quant_with_min_max_vars(values, low, high, **kwargs), gradient
+
+    return straight_through(values, low, high)
+
+
 def _fake_quant_kernel(kernel, limits, axis):
     # Apart from TensorFlow's, the backends of Keras quantize along the last axis alone.
-    rounded = keras.quantizers.fake_quant_with_min_max_vars(
+    rounded = fake_quant(
         ops.swapaxes(kernel, axis, -1), -limits, limits, num_bits=8, narrow_range=True, axis=-1
     )
     return ops.swapaxes(rounded, axis, -1)
@@ -135,9 +158,9 @@ class FakeQuant(keras.layers.Layer):
             self._follow(values)
         if training and not self.rounds_in_training:
             return inputs
-        rounded = keras.quantizers.fake_quant_with_min_max_vars(
-            values, self.minimum * self.unit, self.maximum * self.unit
-        )
+        learned = self.ranges == LEARNED
+        function = keras.quantizers.fake_quant_with_min_max_vars if learned else fake_quant
+        rounded = function(values, self.minimum * self.unit, self.maximum * self.unit)
         return ops.cast(rounded, inputs.dtype)
 
     def _follow(self, values):
@@ -537,7 +560,7 @@ class QuantizedDense(_QuantizedKernel, keras.layers.Layer):
         if self.per_channel:
             return super().quantized_kernel()
         limits = self.kernel_limits[0]
-        return keras.quantizers.fake_quant_with_min_max_vars(
+        return fake_quant(
             self.kernel * self.kernel_unit, -limits, limits, num_bits=8, narrow_range=True
         )
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from hand_made import copy_of, functional, integers_of_file, integers_of_model, layers, pixels
 
 from keras_effnet.quantization import (
@@ -16,6 +17,7 @@ from keras_effnet.quantization.fake_quant import (
     QUANTIZED_KERNELS,
     FakeQuant,
     QuantizedDense,
+    fake_quant,
     power_of_two,
 )
 from keras_effnet.quantization.lowering import integer_bias, read_quantized
@@ -48,6 +50,28 @@ def quantized():
         return copy_of(made[ranges])
 
     return make
+
+
+@pytest.mark.parametrize("of_kernel", [False, True])
+def test_gradients_are_those_of_the_reference(of_kernel):
+    values = np.random.default_rng(0).uniform(-4, 4, (50, 3)).astype("float32")
+    low, high, arguments = np.float32(-1.5), np.float32(2.25), {}
+    if of_kernel:
+        high = np.array([0.5, 1, 2], "float32")
+        low, arguments = -high, {"num_bits": 8, "narrow_range": True, "axis": -1}
+    found = []
+    for function in (fake_quant, keras.quantizers.fake_quant_with_min_max_vars):
+        tensors = [tf.constant(array) for array in (values, low, high)]
+        with tf.GradientTape() as tape:
+            tape.watch(tensors[0])
+            rounded = function(*tensors, **arguments)
+            loss = tf.reduce_sum(tf.square(rounded))
+        found.append((rounded.numpy(), tape.gradient(loss, tensors[0]).numpy()))
+    (rounded, gradient), (as_keras, reference) = found
+    assert np.array_equal(rounded, as_keras)
+    assert np.array_equal(gradient, reference)
+    # There is something to compare: what is clipped has no gradient, what is not has its own.
+    assert 0.2 < np.mean(gradient == 0) < 0.9
 
 
 def compiled(model, rate=1e-2, **arguments):
