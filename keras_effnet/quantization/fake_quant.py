@@ -64,7 +64,8 @@ def fake_quant(values, low, high, **kwargs):
 
         return keras.quantizers.fake_quant_with_min_max_vars(values, low, high, **kwargs), gradient
 
-    return straight_through(values, low, high)
+    # PyTorch keeps tensors alone, and limits of kernels are variables.
+    return straight_through(*(ops.convert_to_tensor(value) for value in (values, low, high)))
 
 
 def _fake_quant_kernel(kernel, limits, axis):
