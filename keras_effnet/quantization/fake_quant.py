@@ -1,8 +1,8 @@
 """Keras layers that compute what integer kernels compute.
 
 `FakeQuant` rounds a tensor to 256 levels; the quantized convolutions and dense layer round their
-kernels. Gradients pass straight through the rounding (and to the ranges where values are clipped),
-as `keras.quantizers.fake_quant_with_min_max_vars` defines them.
+kernels. Gradients pass straight through the rounding (and to learned ranges where values are
+clipped), as `keras.quantizers.fake_quant_with_min_max_vars` defines them.
 
 That function drops its arguments when it is applied to a symbolic Keras tensor, so it is used
 inside `Layer.call` alone.
@@ -44,23 +44,32 @@ def power_of_two(values) -> np.ndarray:
     return np.exp2(np.ceil(np.log2(np.asarray(values, np.float64)))).astype(np.float32)
 
 
-def fake_quant(values, low, high, **kwargs):
+def fake_quant(values, low, high, bounded=False, **kwargs):
     """`keras.quantizers.fake_quant_with_min_max_vars` for a range that no gradient trains.
 
     It rounds as that does, and its gradient to the values is 1 where they lie in the range. The
-    gradient of that function also sums what was clipped, at both ends, which takes longer than all
+    gradient of that function also sums what was clipped, at both ends, which takes as long as all
     the rest, and keeps the values for it; here a mask is kept, a quarter of their size.
+
+    Args:
+        values: Float32 tensor.
+        low: Smallest value of the range, or of each channel.
+        high: Largest value of the range, or of each channel.
+        bounded: Whether the values cannot leave the range by as much as a step: their gradient is 1
+            everywhere, and nothing is kept.
+        kwargs: Further arguments of that function.
     """
 
     @ops.custom_gradient
     def straight_through(values, low, high):
-        inside = ops.logical_and(values >= low, values <= high)
+        inside = None if bounded else ops.logical_and(values >= low, values <= high)
 
         def gradient(*args, upstream=None):
             upstream = args[0] if upstream is None else upstream
             nothing = ops.zeros_like(low)
             # No product with the mask as numbers: TensorFlow makes those at once, and keeps them.
-            return ops.where(inside, upstream, 0.0), nothing, nothing
+            passed = upstream if bounded else ops.where(inside, upstream, 0.0)
+            return passed, nothing, nothing
 
         return keras.quantizers.fake_quant_with_min_max_vars(values, low, high, **kwargs), gradient
 
@@ -94,7 +103,8 @@ class FakeQuant(keras.layers.Layer):
         minimum: Initial smallest real value, at most 0.
         maximum: Initial largest real value, at least 0.
         fixed: Whether the range belongs to the operation (logistic and softmax outputs, pixels)
-            and never moves.
+            and never moves. Such outputs do not leave it by as much as a step, so no gradient is cut
+            at its ends.
         ranges: What training does to the range: "fixed" leaves it; "moving_average" lets it follow
             the extremes of the batches until it is frozen (`FreezeRanges`); "learned" trains it by
             the gradient of the values that it clips (PACT, Choi et al., 2018, section 3,
@@ -159,9 +169,11 @@ class FakeQuant(keras.layers.Layer):
             self._follow(values)
         if training and not self.rounds_in_training:
             return inputs
-        learned = self.ranges == LEARNED
-        function = keras.quantizers.fake_quant_with_min_max_vars if learned else fake_quant
-        rounded = function(values, self.minimum * self.unit, self.maximum * self.unit)
+        ends = self.minimum * self.unit, self.maximum * self.unit
+        if self.ranges == LEARNED:
+            rounded = keras.quantizers.fake_quant_with_min_max_vars(values, *ends)
+        else:
+            rounded = fake_quant(values, *ends, bounded=self.fixed)
         return ops.cast(rounded, inputs.dtype)
 
     def _follow(self, values):

@@ -74,6 +74,18 @@ def test_gradients_are_those_of_the_reference(of_kernel):
     assert 0.2 < np.mean(gradient == 0) < 0.9
 
 
+def test_no_gradient_is_cut_at_the_ends_of_a_fixed_range():
+    values = tf.constant([-0.001, 0.0, 0.5, 1.0, 1.001])
+    for fixed, expected in ((True, [1] * 5), (False, [0, 1, 1, 0, 0])):
+        layer = FakeQuant(0.0, 255 / 256, fixed=fixed)
+        layer.build(values.shape)
+        with tf.GradientTape() as tape:
+            tape.watch(values)
+            outputs = layer(values)
+        assert tape.gradient(outputs, values).numpy().tolist() == expected
+        assert outputs.numpy().tolist() == [0, 0, 0.5, 255 / 256, 255 / 256]
+
+
 def compiled(model, rate=1e-2, **arguments):
     optimizer = keras.optimizers.Adam(rate, **arguments)
     # XLA compiles for longer than these trainings take.
