@@ -103,8 +103,8 @@ class FakeQuant(keras.layers.Layer):
         minimum: Initial smallest real value, at most 0.
         maximum: Initial largest real value, at least 0.
         fixed: Whether the range belongs to the operation (logistic and softmax outputs, pixels)
-            and never moves. Such outputs do not leave it by as much as a step, so no gradient is cut
-            at its ends.
+            and never moves. Such outputs do not leave it by as much as a step, so no gradient is
+            cut at its ends.
         ranges: What training does to the range: "fixed" leaves it; "moving_average" lets it follow
             the extremes of the batches until it is frozen (`FreezeRanges`); "learned" trains it by
             the gradient of the values that it clips (PACT, Choi et al., 2018, section 3,
