@@ -146,7 +146,7 @@ def test_a_quantized_model_needs_no_calibration_and_gives_no_other_file(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0", "EfficientNetV2S"])
+@pytest.mark.parametrize("name", ["MobileNetV2", "EfficientNetB0", "EfficientNetV2B0"])
 def test_models_of_keras_applications(name, tmp_path):
     model = getattr(keras.applications, name)(weights=None, input_shape=(96, 96, 3), classes=10)
     random = np.random.default_rng(0)
