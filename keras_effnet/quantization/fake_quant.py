@@ -47,9 +47,10 @@ def power_of_two(values) -> np.ndarray:
 def fake_quant(values, low, high, bounded=False, **kwargs):
     """`keras.quantizers.fake_quant_with_min_max_vars` for a range that no gradient trains.
 
-    It rounds as that does, and its gradient to the values is 1 where they lie in the range. The
-    gradient of that function also sums what was clipped, at both ends, which takes as long as all
-    the rest, and keeps the values for it; here a mask is kept, a quarter of their size.
+    It rounds as that does, and its gradient to the values is 1 where they lie in the range. That
+    function moves a range without a level at 0 by up to half a step, and has its gradient there. It
+    also sums what was clipped, at both ends, which takes as long as all the rest, and keeps the
+    values for it; here a mask is kept, a quarter of their size.
 
     Args:
         values: Float32 tensor.
