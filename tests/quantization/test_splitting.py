@@ -255,7 +255,7 @@ def test_ranges_can_be_saved_and_used_again(tiny, tiny_images, tmp_path):
 
 def test_a_trained_model_gives_its_file(tiny_images, quantized):
     trained = copy_of(quantized)
-    trained.compile("sgd", "categorical_crossentropy")
+    trained.compile("sgd", "categorical_crossentropy", jit_compile=False)
     labels = np.eye(6)[np.arange(len(tiny_images)) % 6]
     trained.fit(tiny_images, labels, epochs=2, verbose=0)
     settle(trained)
@@ -269,7 +269,7 @@ def test_a_trained_model_gives_its_file(tiny_images, quantized):
 def test_trained_ranges_keep_their_side(tiny, tiny_images, ranges):
     config = QuantizationConfig(corrections=SPLIT, training_ranges=ranges)
     trained = quantize_model(tiny, tiny_images, config, verbose=False)
-    trained.compile("adam", "categorical_crossentropy")
+    trained.compile("adam", "categorical_crossentropy", jit_compile=False)
     labels = np.eye(6)[np.arange(len(tiny_images)) % 6]
     trained.fit(tiny_images, labels, epochs=2, verbose=0)
     for node in read_quantized(trained):
