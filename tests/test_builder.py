@@ -5,6 +5,7 @@ import math
 import keras
 import numpy as np
 import pytest
+from eager import predict
 
 from keras_effnet import build, create_model, resolve
 from keras_effnet.builder import feature_layers
@@ -103,10 +104,10 @@ def test_logits_and_probabilities_are_the_same_network():
     logits.set_weights(probabilities.get_weights())
     logits.get_layer("normalization").finalize_state()
     x = images()
-    exponentials = np.exp(logits.predict(x, verbose=0))
+    exponentials = np.exp(predict(logits, x))
     np.testing.assert_allclose(
         exponentials / exponentials.sum(-1, keepdims=True),
-        probabilities.predict(x, verbose=0),
+        predict(probabilities, x),
         atol=1e-5,  # float32 softmax in another order
     )
 
@@ -182,9 +183,7 @@ def test_edgetpu_pads_as_its_strided_projections_sample():
         if layer.weights:
             layer.set_weights(weights[layer.name])
     features = np.random.default_rng(0).normal(size=(2, *inputs.shape[1:])).astype("float32")
-    np.testing.assert_allclose(
-        ours.predict(features, verbose=0), theirs.predict(features, verbose=0), atol=1e-5
-    )
+    np.testing.assert_allclose(predict(ours, features), predict(theirs, features), atol=1e-5)
 
 
 @pytest.mark.parametrize("base", ["EfficientNetTiny", "EfficientNetV2B0"])
@@ -290,7 +289,7 @@ def randomized(model, seed=0):
 def test_saved_models_predict_the_same(form, tmp_path):
     model = randomized(tiny())
     x = images()
-    expected = model.predict(x, verbose=0)
+    expected = predict(model, x)
     if form == ".keras":
         model.save(tmp_path / "model.keras")
         loaded = keras.models.load_model(tmp_path / "model.keras")
@@ -298,7 +297,7 @@ def test_saved_models_predict_the_same(form, tmp_path):
         model.save_weights(tmp_path / "model.weights.h5")
         loaded = keras.models.model_from_json(model.to_json()) if form == "json" else tiny()
         loaded.load_weights(tmp_path / "model.weights.h5")
-    np.testing.assert_allclose(loaded.predict(x, verbose=0), expected, atol=ROUND_TRIP_TOLERANCE)
+    np.testing.assert_allclose(predict(loaded, x), expected, atol=ROUND_TRIP_TOLERANCE)
     assert expected.std() > 0, "a constant output would prove nothing"
 
 
@@ -315,10 +314,10 @@ def test_mixed_precision_trains_with_a_float32_head(policy):
     model.get_layer("normalization").finalize_state()
     assert model.get_layer("stem_conv").compute_dtype == policy.removeprefix("mixed_")
     x = images()
-    output = model.predict(x, verbose=0)
+    output = predict(model, x)
     assert output.dtype == np.float32
-    np.testing.assert_allclose(output, reference.predict(x, verbose=0), atol=BFLOAT16_TOLERANCE)
-    model.compile("sgd", "sparse_categorical_crossentropy", jit_compile=False)
+    np.testing.assert_allclose(output, predict(reference, x), atol=BFLOAT16_TOLERANCE)
+    model.compile("sgd", "sparse_categorical_crossentropy", run_eagerly=True)
     assert np.isfinite(model.fit(x, np.array([0, 1]), verbose=0).history["loss"][0])
 
 
@@ -337,7 +336,7 @@ def test_channels_first_is_the_same_network():
     first.compile(jit_compile=True)
     np.testing.assert_allclose(
         first.predict(x.transpose(0, 3, 1, 2), verbose=0),
-        last.predict(x, verbose=0),
+        predict(last, x),
         atol=1e-5,  # float32 sums in another order
     )
 

@@ -11,6 +11,7 @@ import keras
 import numpy as np
 import pytest
 from batch_norms import settle
+from eager import predict
 
 import keras_effnet
 from keras_effnet import create_model, freeze, freeze_batch_norms, list_models, replace_head
@@ -50,9 +51,9 @@ def randomize(model, seed=0):
 
 def temper(model, x):
     """Scales the classifier so that its probabilities on `x` are neither equal nor 0 and 1."""
-    pooled = keras.Model(model.inputs, model.get_layer("avg_pool").output)
+    pooled = keras.Model(model.input, model.get_layer("avg_pool").output)
     kernel, bias = model.get_layer("predictions").get_weights()
-    logits = pooled.predict(x, verbose=0) @ kernel
+    logits = predict(pooled, x) @ kernel
     model.get_layer("predictions").set_weights([kernel / logits.std(), bias])
 
 
@@ -114,9 +115,7 @@ def test_weights_file_fills_the_same_graph(tmp_path):
     keras.backend.clear_session()
     loaded = create_model("EfficientNetTiny", weights=path, classes=4)
     assert graph(loaded) == empty
-    np.testing.assert_array_equal(
-        loaded.predict(images(), verbose=0), source.predict(images(), verbose=0)
-    )
+    np.testing.assert_array_equal(predict(loaded, images()), predict(source, images()))
 
 
 def test_another_number_of_classes_keeps_the_head_random(tmp_path):

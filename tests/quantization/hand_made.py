@@ -2,6 +2,7 @@
 
 import keras
 import numpy as np
+from eager import predict
 
 from keras_effnet.export._optional import import_litert
 from keras_effnet.export.int8_tflite import convert_quantized
@@ -79,11 +80,6 @@ def folded(model, **arguments):
 def ops(graph):
     """The operations of a graph, in order."""
     return [node.op for node in graph]
-
-
-def predict(model, images):
-    """The output of a model for one batch: `predict` without its second of compilation."""
-    return keras.ops.convert_to_numpy(model(images, training=False))
 
 
 def compute(graph, images):
