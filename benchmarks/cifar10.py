@@ -320,8 +320,8 @@ def main() -> None:
     for core in sorted(os.sched_getaffinity(0))[: args.jobs]:
         _CORES.put(core)
     plan = [("float", seed) for seed in range(args.seeds)]
-    plan += [(name, 0) for name in SWITCHES]
     plan += [(name, seed) for seed in range(args.seeds) for name in ENGINES if name != "float"]
+    plan += [(name, 0) for name in SWITCHES]
     with ThreadPoolExecutor(args.jobs) as pool:
         floats: dict[int, Future] = {}
         jobs = []
