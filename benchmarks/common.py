@@ -1,14 +1,24 @@
-"""What the benchmarks share: the description of the machine, and results written whole."""
+"""What the benchmarks share: the package that they measure, the machine, results written whole.
+
+Importing this makes `keras_effnet` that of this checkout, whatever is installed.
+"""
 
 from __future__ import annotations
 
 import os
 import platform
+import sys
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-RESULTS = Path(__file__).resolve().parent / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# Real photographs and trained weights, beside the repository.
+SHARED = ROOT.parent / "shared"
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import _checkout  # noqa: E402, F401
 
 
 def describe_machine(packages: tuple[str, ...]) -> dict:

@@ -18,10 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, describe_machine, machine_line, write_whole
+from common import RESULTS, ROOT, SHARED, describe_machine, machine_line, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 # Larger ones would be sent to the chip more than eight times over for every image.
 LARGEST = 70_000_000
@@ -48,9 +46,6 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     parser.add_argument("--variant", metavar="NAME", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import _checkout  # noqa: F401
-
     if args.variant:
         print(json.dumps(_judge(args.variant)))
         return

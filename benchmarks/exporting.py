@@ -21,10 +21,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from common import RESULTS, describe_machine, machine_line, write_whole
+from common import RESULTS, ROOT, SHARED, describe_machine, machine_line, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 WEIGHTS = SHARED / "weights" / "efficientnetv2-b0.h5"
 PHOTOGRAPHS = SHARED / "data" / "imagenet-sample"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")

@@ -26,10 +26,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, describe_machine, machine_line, write_whole
+from common import RESULTS, SHARED, describe_machine, machine_line, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "tf2onnx", "onnx", "onnxruntime")
 PACKAGES += ("ai-edge-litert", "numpy")
 THREADS = 2
@@ -59,9 +57,6 @@ def main() -> None:
     target = RESULTS / "onnx.json"
     if target.exists() and not args.overwrite:
         sys.exit(f"{target} exists; pass --overwrite to replace it")
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import _checkout  # noqa: F401
-
     from keras_effnet.cli import common
 
     common.mute_native_logs()

@@ -30,10 +30,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, describe_machine, machine_line, write_whole
+from common import RESULTS, ROOT, SHARED, describe_machine, machine_line, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 # V1-B0 is sure of nearly all photographs.
 SOFT = "--temperature 4".split()
@@ -79,9 +77,6 @@ def main() -> None:
     target = RESULTS / "qat.json"
     if args.rows is None and target.exists() and not args.overwrite:
         sys.exit(f"{target} exists; pass --overwrite to replace it")
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import _checkout  # noqa: F401
-
     chosen = [
         name
         for name in ROWS

@@ -36,10 +36,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import RESULTS, describe_machine, machine_line, write_whole
+from common import RESULTS, SHARED, describe_machine, machine_line, write_whole
 
-ROOT = Path(__file__).resolve().parents[1]
-SHARED = ROOT.parent / "shared"
 PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "onnxruntime", "numpy")
 THREADS = 2
 CALIBRATION_IMAGES = 200
@@ -180,9 +178,6 @@ def _run_step(answer: str, name: str, folder: str, *rest: str) -> None:
 
 
 def _start() -> None:
-    sys.path.insert(0, str(ROOT / "scripts"))
-    import _checkout  # noqa: F401
-
     from keras_effnet.cli import common
 
     common.mute_native_logs()
