@@ -160,18 +160,22 @@ def _markdown(results: dict[str, Any]) -> str:
         "(PTQ) and after training (QAT), in LiteRT, on photographs that took no part in "
         "calibration or training. V1-B0: 400 photographs of 5 flowers, trained on 1464 or on its "
         "200 calibration photographs; V2-B0: 200 of ImageNet, trained on its 200 calibration "
-        "photographs. Minutes are those of the whole run, of which the training took the second "
-        "figure. Latency: batch 1, 2 threads, LiteRT, relative to the float file, all files in "
-        "turns. Written by `benchmarks/qat.py`.",
+        "photographs. SQNR: power of the float model's outputs over that of the difference; it "
+        "tells files apart that agree on as many photographs by chance. Minutes are those of the "
+        "whole run, of which the training took the second figure. Latency: batch 1, 2 threads, "
+        "LiteRT, relative to the float file, all files in turns. Written by `benchmarks/qat.py`.",
         "",
-        "| | float top-1 | PTQ top-1 | agreement | QAT top-1 | agreement | minutes | latency |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| | float top-1 | PTQ top-1 | agreement | SQNR, dB | QAT top-1 | agreement | SQNR, dB | "
+        "minutes | latency |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for name, row in results["rows"].items():
-        ptq, qat = row["ptq"], row["qat"]
+        files = " | ".join(
+            f"{each['top1']:.1%} | {each['agreement']:.1%} | {each['sqnr_db']:.1f}"
+            for each in (row["ptq"], row["qat"])
+        )
         lines.append(
-            f"| {name} | {row['float_top1']:.1%} | {ptq['top1']:.1%} | {ptq['agreement']:.1%} | "
-            f"{qat['top1']:.1%} | {qat['agreement']:.1%} | "
+            f"| {name} | {row['float_top1']:.1%} | {files} | "
             f"{row['minutes']:.0f} ({row['training_minutes']:.0f}) | {row['latency']:.2f} |"
         )
     lines += ["", "Options of `train_qat.py`, beside the model and the photographs:", ""]
