@@ -36,7 +36,8 @@ PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 # V1-B0 is sure of nearly all photographs.
 SOFT = "--temperature 4".split()
 UNEQUALIZED = (
-    "--corrections swish_rescaling,swish_splitting,learned_rounding,bias_correction --epochs 6"
+    "--corrections swish_rescaling,swish_splitting,learned_rounding,bias_correction,"
+    "kernel_reconstruction --epochs 6"
 ).split()
 
 

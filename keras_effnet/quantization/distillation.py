@@ -19,14 +19,15 @@ import numpy as np
 from keras import ops
 
 from .averages import averaged_weights
-from .build import RANGE_SUFFIX, build_model, in_float32
+from .boundaries import boundaries, quantized_tensor
+from .build import build_model, in_float32
 from .calibration import calibration_batches
 from .checks import check_values
 from .files import read_state, write_state
 from .folding import fold
 from .graph import Graph, read_model
 from .lowering import is_quantized, read_quantized
-from .training import layers_of, require_quantized, settle, without_dropout
+from .training import require_quantized, settle, without_dropout
 
 END_TO_END, BLOCK_WISE = "end_to_end", "block_wise"
 MODES = (END_TO_END, BLOCK_WISE)
@@ -210,34 +211,6 @@ def _compact(batch):
     return pixels if np.array_equal(pixels, batch) else batch
 
 
-def boundaries(teacher: Graph, student: Graph) -> list[str]:
-    """Returns the tensors between blocks that both graphs have, in the same units.
-
-    Everything behind such a tensor depends on it alone. Products and the inputs of activations are
-    left out, since their channels may be equalized.
-    """
-    place = {node.name: number for number, node in enumerate(teacher)}
-    found, furthest = [], 0
-    for node in teacher:
-        readers = teacher.consumers(node.name)
-        alone = furthest <= place[node.name]
-        furthest = max([furthest, *(place[reader.name] for reader in readers)])
-        twin = student.nodes.get(node.name)
-        if (
-            alone
-            and node.op in ("add", "conv")
-            and twin is not None
-            and twin.op == node.op
-            and readers
-            and not any(reader.op in _MAY_BE_EQUALIZED for reader in readers)
-        ):
-            found.append(node.name)
-    return found
-
-
-_MAY_BE_EQUALIZED = ("sigmoid", "scale", "mul", "hard_swish")
-
-
 def _stage_ends(teacher: Graph, names: list[str]) -> list[str]:
     """Returns the last of the boundaries at each resolution."""
     return list({teacher[name].shape[:-1]: name for name in names}.values())
@@ -286,7 +259,7 @@ class _Run:
             )
         self.names = _logits(teacher), _logits(student)
         self.held = self._views(images[held])
-        self.output = keras.Model(model.inputs[0], self._tensor(self.names[1]))
+        self.output = keras.Model(model.inputs[0], quantized_tensor(model, self.names[1]))
         # A single output comes without its list.
         self.wanted = self._observed([self.names[0]]).predict(
             self.held, config.batch_size, verbose=0
@@ -367,7 +340,7 @@ class _Run:
         # The scores before they are rounded: the range of a classifier's scores ends where larger
         # ones change no probability, but a temperature brings what lies beyond into the loss.
         scores = self.model.get_layer(self.names[1]).output
-        tensors = [scores, *(self._tensor(name) for name in ends)]
+        tensors = [scores, *(quantized_tensor(self.model, name) for name in ends)]
         trainer = keras.Model(self.model.inputs[0], tensors)
         losses = [self._loss(config.temperature)] + [_relative_error] * len(ends)
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
@@ -384,13 +357,14 @@ class _Run:
         for block in range(position["block"], len(ends)):
             start, end = ends[block - 1] if block else None, ends[block]
             name, own = (end, end) if end else self.names
-            output = self._tensor(own)
+            output = quantized_tensor(self.model, own)
             if start is None:
                 trainer = keras.Model(self.model.inputs[0], output)
                 entering = lambda batch: batch  # noqa: E731
             else:
-                trainer = keras.Model(self._tensor(start), output)
-                entering = keras.Model(self.model.inputs[0], self._tensor(start)).predict_on_batch
+                entrance = quantized_tensor(self.model, start)
+                trainer = keras.Model(entrance, output)
+                entering = keras.Model(self.model.inputs[0], entrance).predict_on_batch
             self._compile(trainer, [_relative_error], [1.0])
             teacher = self._observed([name])
             while position["epoch"] < self.epochs:
@@ -502,9 +476,3 @@ class _Run:
     @in_float32()
     def _observed(self, names):
         return build_model(self.teacher, quantized=False, observed=tuple(names))
-
-    def _tensor(self, name):
-        names = [layer.name for layer in layers_of(self.model)]
-        return self.model.get_layer(
-            name + RANGE_SUFFIX if name + RANGE_SUFFIX in names else name
-        ).output

@@ -18,6 +18,7 @@ from .lowering import is_quantized
 from .params import PIXELS, QuantParams, widen
 from .ranges import METHODS, find_range
 from .ranges_file import TensorRange, check_ranges
+from .reconstruction import reconstruct_kernels
 from .rounding import collect_covariances, round_kernels
 from .scheme import FIXED, OUTPUT_RULES, expects_pixels, fixed_params, needs_range, shared_ranges
 from .sides import bind_ranges, negative_name
@@ -31,6 +32,7 @@ DEFAULT_CORRECTIONS = (
     "swish_splitting",
     "learned_rounding",
     "bias_correction",
+    "kernel_reconstruction",
 )
 CORRECTIONS = ("swish_rescaling", *DEFAULT_CORRECTIONS)
 
@@ -57,7 +59,10 @@ class QuantizationConfig:
               the engine "tfmot";
             - "learned_rounding": kernels are rounded so that the errors of their weights cancel
               (`rounding`); needs one more pass over the data, and about as long as all the rest;
-            - "bias_correction": biases take up the mean of the rounding errors (`bias`).
+            - "bias_correction": biases take up the mean of the rounding errors (`bias`);
+            - "kernel_reconstruction": the kernels at the ends of blocks are fitted to the float
+              model's outputs, from inputs with all errors before them (`reconstruction`); needs
+              about four more passes over the data.
         equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; a share of
             their elements in (0, 1), such as 0.25, for those that save most noise for each element,
             which gives faster files; or a tuple of layer names.
@@ -187,7 +192,8 @@ def quantize_model(
         batches, total = calibration_batches(calibration_data, graph, config.batch_size, minimum=2)
     learned = "learned_rounding" in config.corrections
     rescaled = "swish_rescaling" in config.corrections
-    images = _Kept(batches) if learned or rescaled else batches
+    reconstructed = "kernel_reconstruction" in config.corrections
+    images = _Kept(batches) if learned or rescaled or reconstructed else batches
     fold(graph)
     statistics = {} if calibration_data is None else collect(graph, images, total, verbose)
     _equalize(graph, statistics, config)
@@ -207,6 +213,10 @@ def quantize_model(
         round_kernels(graph, collect_covariances(graph, images, total, verbose))
     if "bias_correction" in config.corrections:
         correct_biases(graph, statistics, kernels)
+    if reconstructed:
+        teacher = read_model(model, config.keep_float)
+        fold(teacher)
+        reconstruct_kernels(teacher, graph, images, verbose)
     round_biases(graph)
     return build_model(
         graph,

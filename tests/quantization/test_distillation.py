@@ -21,8 +21,8 @@ from keras_effnet.quantization import (
     quantize_model,
     settle,
 )
+from keras_effnet.quantization.boundaries import boundaries
 from keras_effnet.quantization.build import RANGE_SUFFIX
-from keras_effnet.quantization.distillation import boundaries
 from keras_effnet.quantization.fake_quant import QUANTIZED_KERNELS
 from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.training import layers_of

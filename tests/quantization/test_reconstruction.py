@@ -1,0 +1,246 @@
+"""Kernel reconstruction against NumPy's regression, and on a network whose inputs are distorted."""
+
+import keras
+import numpy as np
+import pytest
+from eager import predict
+from hand_made import (
+    folded,
+    functional,
+    integers_of_file,
+    integers_of_model,
+    layers,
+    network,
+    pixels,
+    values,
+)
+
+from keras_effnet.quantization import (
+    QuantizationConfig,
+    quantize_model,
+    reconstruction,
+    splitting,
+)
+from keras_effnet.quantization.graph import Node
+from keras_effnet.quantization.lowering import read_quantized
+from keras_effnet.quantization.params import kernel_scales
+from keras_effnet.quantization.reconstruction import (
+    PLACES_PER_IMAGE,
+    _Regression,
+    reconstruct_kernels,
+    reconstructed,
+)
+from keras_effnet.quantization.sides import POSITIVE_SUFFIX
+
+ON, OFF = (QuantizationConfig(corrections=names) for names in (("kernel_reconstruction",), ()))
+
+
+def regression(size=6, channels=4, seed=0):
+    """Rows near a large mean, and outputs that are linear in them but for some noise."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(100, 1, (5, 7, 3, size)).astype("float32")
+    kernel = rng.normal(size=(size, channels))
+    outputs = inputs @ kernel + 3 + 0.1 * rng.normal(size=(5, 7, 3, channels))
+    return inputs, outputs.astype("float32"), kernel
+
+
+def fitted(inputs, outputs, kernel, limit=4.0, images=5):
+    """The kernel and the bias that are fitted near a kernel, and the step of the kernel."""
+    channels = kernel.shape[1]
+    weights = {"kernel": kernel[None, None], "limits": np.full(channels, limit, np.float32)}
+    node = Node("project", "conv", [], (7, 3, channels), "project", weights=weights)
+    fit = _Regression()
+    for x, y in zip(np.split(inputs, images), np.split(outputs, images), strict=True):
+        fit.add(x, y)
+    found, bias = fit.solve(node)
+    step = float(kernel_scales(node.weights["limits"])[0])
+    np.testing.assert_allclose(found / step, np.round(found / step), atol=1e-4)
+    return found[0, 0], bias, step
+
+
+def plain_regression(inputs, outputs):
+    rows = inputs.reshape(-1, inputs.shape[-1]).astype(np.float64)
+    design = np.concatenate([rows, np.ones((len(rows), 1))], axis=1)
+    return np.linalg.lstsq(design, outputs.reshape(len(rows), -1), rcond=None)[0][:-1]
+
+
+def test_it_is_the_rounded_regression():
+    inputs, outputs, kernel = regression()
+    found, bias, step = fitted(inputs, outputs, np.zeros_like(kernel))
+    expected = plain_regression(inputs, outputs)
+    # Damped by a thousandth of the variance, and rounded, not always to the nearest step.
+    assert np.abs(found - expected).max() < 1.5 * step
+    missing = outputs - inputs @ found.astype(np.float64) - bias
+    np.testing.assert_allclose(missing.mean(axis=(0, 1, 2)), 0, atol=1e-5)
+
+
+def test_outputs_of_chance_are_not_learned():
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(40, 3, 3, 12)).astype("float32")
+    kernel = rng.normal(size=(12, 4))
+    outputs = (inputs @ kernel + 5 + 30 * rng.normal(size=(40, 3, 3, 4))).astype("float32")
+    found, _, step = fitted(inputs, outputs, kernel)
+    learned = plain_regression(inputs, outputs)
+    assert np.linalg.norm(found - kernel) < 0.2 * np.linalg.norm(learned - kernel)
+
+
+def test_one_image_changes_the_bias_alone():
+    inputs, outputs, kernel = regression()
+    found, bias, step = fitted(inputs[:1], outputs[:1], kernel + 1, images=1)
+    np.testing.assert_allclose(found, kernel + 1, atol=1.5 * step)
+    expected = (outputs[0] - inputs[0].astype(np.float64) @ found).mean(axis=(0, 1))
+    np.testing.assert_allclose(bias, expected, atol=1e-4)
+
+
+def test_a_kernel_stays_where_the_data_say_nothing():
+    inputs, outputs, kernel = regression()
+    inputs[..., 2] = 100
+    found, _, step = fitted(inputs, outputs, kernel + 1)
+    np.testing.assert_allclose(found[2], kernel[2] + 1, atol=step / 2 + 1e-6)
+    np.testing.assert_allclose(found[3], kernel[3], atol=0.1)
+
+
+def test_limits_that_are_too_narrow_make_it_no_worse():
+    rng = np.random.default_rng(0)
+    common = rng.normal(size=(40, 3, 3, 1))
+    inputs = (common + 0.01 * rng.normal(size=(40, 3, 3, 2))).astype("float32")
+    # The best weights are large and of different signs; clipped they would be 0 together.
+    outputs = (inputs @ np.array([[100.0], [-99.0]])).astype("float32")
+    given = np.array([[1.0], [0.0]])
+    found, bias, _ = fitted(inputs, outputs, given, limit=1.0)
+    errors = [np.var(outputs - inputs @ kernel) for kernel in (found, given)]
+    assert errors[0] <= errors[1]
+
+
+def test_large_images_count_by_some_of_their_places():
+    fit = _Regression()
+    fit.add(values(2, 32), values(2, 32, seed=1))
+    assert sum(group.rows for group in fit.groups) == 2 * PLACES_PER_IMAGE < 2 * 32 * 32
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Two blocks behind each other; clipped ranges distort what reaches their projections."""
+
+    def body(x):
+        x = layers.Conv2D(8, 3, strides=2, padding="same", activation="swish")(x)
+        for number in (1, 2):
+            x = layers.Conv2D(24, 1, activation="swish", name=f"expand_{number}")(x)
+            x = layers.DepthwiseConv2D(3, padding="same", activation="swish")(x)
+            x = layers.Conv2D(6, 1, name=f"project_{number}")(x)
+        x = layers.Conv2D(12, 1, activation="swish", name="top")(x)
+        return layers.Dense(4)(layers.GlobalAveragePooling2D()(x))
+
+    return functional(16, body)
+
+
+@pytest.fixture
+def clipped(monkeypatch):
+    """Ranges of which a third is missing."""
+    from keras_effnet.quantization import quantize
+    from keras_effnet.quantization.params import QuantParams
+
+    find = quantize.find_range
+
+    def narrow(*arguments):
+        found = find(*arguments)
+        return QuantParams.from_range(found.min * 2 / 3, found.max * 2 / 3)
+
+    monkeypatch.setattr(quantize, "find_range", narrow)
+
+
+def errors(model, quantized, images):
+    """Relative squared errors of the outputs of both projections."""
+    found = {}
+    for name in ("project_1", "project_2"):
+        exact = predict(keras.Model(model.inputs[0], model.get_layer(name).output), images)
+        tensor = quantized.get_layer(name).output
+        found[name] = np.mean(
+            (predict(keras.Model(quantized.inputs[0], tensor), images) - exact) ** 2
+        ) / np.var(exact)
+    return found
+
+
+def test_projections_come_nearer_to_the_float_model_on_other_images(model, clipped):
+    images, others = values(16), values(16, seed=1)
+    before, after = (
+        errors(model, quantize_model(model, images, config, verbose=False), others)
+        for config in (OFF, ON)
+    )
+    assert after["project_1"] < 0.7 * before["project_1"]
+    # Fitted behind the first one, as that is now.
+    assert after["project_2"] < 0.7 * before["project_2"]
+
+
+def test_only_projections_change(model, clipped):
+    plain, changed = (
+        read_quantized(quantize_model(model, values(), config, verbose=False))
+        for config in (OFF, ON)
+    )
+    for node in plain.kernel_nodes():
+        same = np.array_equal(node.weights["kernel"], changed[node.name].weights["kernel"])
+        assert same == (not node.name.startswith("project")), node.name
+        limits = changed[node.name].weights["limits"]
+        if node.op == "conv":
+            assert np.all(np.abs(changed[node.name].weights["kernel"]) <= limits * (1 + 1e-6))
+
+
+def test_layers_in_float_and_equalized_tensors_are_left_out(model):
+    graph = folded(model)
+    assert list(reconstructed(graph, graph)) == ["project_1", "project_2"]
+    kept = folded(model, keep_float=("project_1",))
+    assert list(reconstructed(kept, kept)) == ["project_2"]
+
+
+def test_nothing_to_fit_is_no_error():
+    model = functional(8, lambda x: layers.Conv2D(4, 3, activation="relu")(x))
+    assert reconstructed(folded(model), folded(model)) == {}
+    quantize_model(model, values(side=8), ON, verbose=False)
+
+
+def test_an_image_counts_once_in_any_batches(model):
+    whole, parts = (
+        quantize_model(model, values(16), config, verbose=False)
+        for config in (
+            ON,
+            QuantizationConfig(corrections=("kernel_reconstruction",), batch_size=4),
+        )
+    )
+    for name in ("project_1", "project_2"):
+        np.testing.assert_allclose(
+            whole.get_layer(name).real_kernel(), parts.get_layer(name).real_kernel(), atol=1e-3
+        )
+
+
+def test_of_many_images_every_nth_batch_is_kept(model, monkeypatch):
+    graph = read_quantized(quantize_model(model, values(), OFF, verbose=False))
+    seen = []
+    add = _Regression.add
+    monkeypatch.setattr(
+        _Regression, "add", lambda self, x, y: (seen.append(len(x)), add(self, x, y))
+    )
+    batches = [values(2, seed=seed) for seed in range(6)]
+    # The tensors of the first boundary, 8 x 8 x 6 floats of both models, for 5 of 12 images.
+    monkeypatch.setattr(reconstruction, "BYTES_KEPT", 5 * 2 * 4 * 8 * 8 * 6)
+    reconstruct_kernels(folded(model), graph, batches, verbose=False)
+    assert seen == [2, 2] * 2
+
+
+@pytest.mark.parametrize("shallow", [True, False])
+def test_both_sides_of_a_split_projection_share_the_fit(shallow, monkeypatch):
+    monkeypatch.setattr(splitting, "REDUCTION", 2)
+    monkeypatch.setattr(splitting, "lobes_are_shallow", lambda statistics: shallow)
+    model, images = functional(16, network), pixels(16)
+    names = "swish_equalization", "swish_splitting", "kernel_reconstruction"
+    plain, changed = (
+        quantize_model(model, images, QuantizationConfig(corrections=kept), verbose=False)
+        for kept in (names[:2], names)
+    )
+    owners = set(reconstructed(folded(model), read_quantized(changed)).values())
+    assert any(name.endswith(POSITIVE_SUFFIX) for name in owners) == shallow
+    for name in owners:
+        moved = changed.get_layer(name).real_kernel() != plain.get_layer(name).real_kernel()
+        assert moved.any()
+    np.testing.assert_array_equal(
+        integers_of_model(changed, images), integers_of_file(changed, images)
+    )
