@@ -124,8 +124,8 @@ def add_quantization(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup
         metavar="LIST",
         type=name_list,
         help="what is corrected, separated by commas: swish_equalization, swish_splitting, "
-        "learned_rounding, bias_correction, and swish_rescaling for fast files without "
-        "equalization; or none (default: all but the last)",
+        "learned_rounding, bias_correction, kernel_reconstruction, and swish_rescaling for fast "
+        "files without equalization; or none (default: all but the last)",
     )
     add_equalize(group)
     group.add_argument(

@@ -50,7 +50,8 @@ class DistillationConfig:
         batch_size: Images of one step, at least 1.
         learning_rate: Largest one of Adam, positive. Weights are stored in units of their range:
             1e-4 is about 1/80 of a kernel's step.
-        temperature: Divides the logits of both models, positive.
+        temperature: Divides the logits of both models, positive, in training and in the choice of
+            the best state. At a larger one images count more of which the float model is sure.
         feature_weight: Weight of the squared error of the features at the end of each stage,
             relative to their energy, beside the divergence of the classes; 0 or more.
         validation_share: Share of the images that is held back to choose the best state, in (0, 1).
@@ -106,8 +107,8 @@ class Distillation:
     """What `distill` did.
 
     Attributes:
-        before: Mean KL divergence (nats) from the float model on what is held back (see
-            `validation_share`), at the start.
+        before: Mean KL divergence (nats) from the float model, at the temperature, on what is held
+            back (see `validation_share`), at the start.
         after: The same of the state that was kept.
         epochs: The same after each epoch, or block.
         kept: Number of the epoch, or block, whose state was kept; 0 is the start.
@@ -259,12 +260,18 @@ class _Run:
             )
         self.names = _logits(teacher), _logits(student)
         self.held = self._views(images[held])
-        self.output = keras.Model(model.inputs[0], quantized_tensor(model, self.names[1]))
+        # The scores before they are rounded: the range of a classifier's scores ends where larger
+        # ones change no probability, but a temperature brings what lies beyond into the divergence.
+        self.scores = model.get_layer(self.names[1]).output
+        self.output = keras.Model(model.inputs[0], self.scores)
         # A single output comes without its list.
         self.wanted = self._observed([self.names[0]]).predict(
             self.held, config.batch_size, verbose=0
         )
-        self.measure = self._loss(temperature=1.0)
+        # The temperature of the training: at 1 the few doubtful images would choose the best state.
+        self.measure = _relative_error
+        if self.wanted.ndim == 2:
+            self.measure = functools.partial(divergence, temperature=config.temperature)
         before, self.best = self._settled()
         self.result = Distillation(before, before)
         # Finished blocks; finished epochs of the block after them, and those without improvement.
@@ -327,22 +334,13 @@ class _Run:
             self.model.set_weights(self.best)
         return self.result
 
-    def _loss(self, temperature):
-        """The divergence of classes; of other outputs the relative error."""
-        if self.wanted.ndim != 2:
-            return _relative_error
-        return functools.partial(divergence, temperature=temperature)
-
     def _end_to_end(self, verbose):
         config = self.config
         ends = _stage_ends(self.teacher, self.boundaries) if config.feature_weight else []
         teacher = self._observed([self.names[0], *ends])
-        # The scores before they are rounded: the range of a classifier's scores ends where larger
-        # ones change no probability, but a temperature brings what lies beyond into the loss.
-        scores = self.model.get_layer(self.names[1]).output
-        tensors = [scores, *(quantized_tensor(self.model, name) for name in ends)]
+        tensors = [self.scores, *(quantized_tensor(self.model, name) for name in ends)]
         trainer = keras.Model(self.model.inputs[0], tensors)
-        losses = [self._loss(config.temperature)] + [_relative_error] * len(ends)
+        losses = [self.measure] + [_relative_error] * len(ends)
         weights = [1.0] + [config.feature_weight / max(len(ends), 1)] * len(ends)
         self._compile(trainer, losses, weights)
         position = self.position

@@ -14,6 +14,7 @@ Sources: He et al., 2017, Channel Pruning for Accelerating Very Deep Neural Netw
 Li et al., 2025, GPTAQ, section 3 (https://arxiv.org/abs/2504.02692), for quantized inputs.
 """
 
+import itertools
 from collections.abc import Iterable
 
 import keras
@@ -122,7 +123,7 @@ class _Tapes:
         )
         images = sum(len(batch) for batch in batches)
         stride = -(-images * 2 * 4 * largest // BYTES_KEPT)
-        self.kept = [[batch, batch] for batch in list(batches)[::stride]]
+        self.kept = [[batch, batch] for batch in itertools.islice(batches, 0, None, stride)]
 
     def advance(self, passed: list[str]) -> None:
         """Moves to the last of the boundaries that were passed."""
@@ -175,6 +176,7 @@ class _Moments:
         return total
 
     def covariance(self) -> np.ndarray:
+        """Returns the covariance of inputs and outputs."""
         mean = self.sum / self.rows
         return self.products / self.rows - np.outer(mean, mean)
 

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+from eager import predict
 from hand_made import (
     copy_of,
     folded,
@@ -22,7 +23,7 @@ from keras_effnet.quantization import (
     settle,
 )
 from keras_effnet.quantization.boundaries import boundaries
-from keras_effnet.quantization.build import RANGE_SUFFIX
+from keras_effnet.quantization.build import RANGE_SUFFIX, build_model
 from keras_effnet.quantization.fake_quant import QUANTIZED_KERNELS
 from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.training import layers_of
@@ -216,6 +217,36 @@ def test_a_temperature_sees_beyond_the_range(two_blocks, two_blocks_student, tin
         distill(two_blocks, student, tiny_images, config, verbose=2)
         losses.append(float(capsys.readouterr().out.rsplit("loss: ", 1)[1].split()[0]))
     assert losses[0] == losses[1]
+
+
+def test_the_best_state_is_chosen_at_the_temperature(two_blocks, two_blocks_student, tiny_images):
+    graphs = folded(two_blocks), read_quantized(two_blocks_student)
+    found = []
+    for temperature in (1.0, 4.0):
+        config = DistillationConfig(
+            epochs=1, learning_rate=1e-9, temperature=temperature, flip=False, mixup=0.0
+        )
+        student = copy_of(two_blocks_student)
+        found.append(distill(two_blocks, student, tiny_images, config, verbose=False).before)
+    order = np.random.default_rng(0).permutation(len(tiny_images))
+    held = tiny_images[order[: round(0.2 * len(tiny_images))]]
+    for temperature, before in zip((1.0, 4.0), found, strict=True):
+        target, output = (
+            predict(part, held)
+            for part in (
+                build_model(
+                    graphs[0],
+                    quantized=False,
+                    observed=tuple(graphs[0][graphs[0].outputs[0]].inputs),
+                ),
+                keras.Model(
+                    two_blocks_student.inputs[0],
+                    two_blocks_student.get_layer(graphs[1][graphs[1].outputs[0]].inputs[0]).output,
+                ),
+            )
+        )
+        expected = distillation.divergence(target, output, temperature)
+        np.testing.assert_allclose(before, np.mean(expected), rtol=1e-4)
 
 
 def test_features_without_classes(tiny_images):

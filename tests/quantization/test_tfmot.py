@@ -584,8 +584,10 @@ def test_what_the_engine_cannot_do(small, images):
     trained = dataclasses.replace(CONFIG, batch_norm="trained")
     with pytest.raises(ValueError, match="trains with folded batch norms"):
         tfmot.quantize_model(small, images, trained, verbose=False)
-    with pytest.raises(ValueError, match="'learned_rounding' makes zeros"):
-        tfmot.quantize_model(small, images, FULL, verbose=False, preserve_sparsity=True)
+    for name in ("learned_rounding", "kernel_reconstruction"):
+        config = dataclasses.replace(FULL, corrections=(name,))
+        with pytest.raises(ValueError, match="make zeros of a kernel differ from zero"):
+            tfmot.quantize_model(small, images, config, verbose=False, preserve_sparsity=True)
 
 
 def test_native_models_that_the_engine_cannot_take(small, images):

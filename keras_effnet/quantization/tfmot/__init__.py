@@ -86,6 +86,10 @@ def from_tf_keras(model: tf_keras.Model, quantized: bool = True) -> keras.Model:
     return from_twin(model, quantized)
 
 
+# Corrections after which zeros of a kernel may differ from zero.
+_MOVING_ZEROS = ("learned_rounding", "kernel_reconstruction")
+
+
 def quantize_model(
     model: keras.Model,
     calibration_data: Iterable | np.ndarray | None,
@@ -108,7 +112,8 @@ def quantize_model(
         verbose: Whether to show the progress of calibration.
         ranges: See `quantization.quantize_model`.
         preserve_sparsity: Whether weights that are zero stay zero in training, for models that
-            were pruned. The configuration must leave "learned_rounding" out, which moves zeros.
+            were pruned. The configuration must leave "learned_rounding" and
+            "kernel_reconstruction" out, which move zeros.
 
     Returns:
         A tf_keras model to compile and fit. Before training it predicts what the quantized Keras
@@ -126,7 +131,7 @@ def quantize_model(
     if config is None:
         config = QuantizationConfig(per_channel_head=False)
         if preserve_sparsity:
-            kept = tuple(name for name in config.corrections if name != "learned_rounding")
+            kept = tuple(name for name in config.corrections if name not in _MOVING_ZEROS)
             config = dataclasses.replace(config, corrections=kept)
     _check(config, preserve_sparsity)
     kept = tuple(name for name in config.corrections if name != "swish_splitting")
@@ -156,10 +161,10 @@ def _check(config: QuantizationConfig, preserve_sparsity: bool) -> None:
             "The engine 'tfmot' trains with folded batch norms: use batch_norm=\"folded\", or the "
             f"native engine. Received: {config.batch_norm!r}"
         )
-    if preserve_sparsity and "learned_rounding" in config.corrections:
+    if preserve_sparsity and set(_MOVING_ZEROS) & set(config.corrections):
         raise ValueError(
-            "'learned_rounding' makes zeros of a kernel differ from zero: leave it out of "
-            f"`corrections` with `preserve_sparsity`. Received: {config.corrections}"
+            f"The corrections {_MOVING_ZEROS} make zeros of a kernel differ from zero: leave them "
+            f"out of `corrections` with `preserve_sparsity`. Received: {config.corrections}"
         )
 
 
