@@ -245,10 +245,14 @@ def _align_kernel(graph: Graph, node: Node) -> None:
     node.weights["limits"] = limits.astype(np.float32)
 
 
-def round_biases(graph: Graph) -> None:
+def round_biases(graph: Graph, again: bool = False) -> None:
     """Rounds the biases of a graph to the steps of their accumulators, in place.
 
     They are integers of these steps in a file; without this the Keras model would keep more.
+
+    Args:
+        graph: The graph, with scales and limits that stay.
+        again: Whether they may be rounded already; those then keep every bit.
     """
     for node in graph.kernel_nodes():
         source = None if node.is_float else _scale(graph, node.inputs[0])
@@ -257,7 +261,8 @@ def round_biases(graph: Graph) -> None:
         steps = np.float64(np.float32(source)) * kernel_scales(node.weights["limits"])
         given = node.weights["bias"].astype(np.float64)
         bias = np.round(given / steps) * steps
-        bias = np.where(np.abs(bias - given) <= _AGAIN * np.abs(given), given, bias)
+        if again:
+            bias = np.where(np.abs(bias - given) <= _AGAIN * np.abs(given), given, bias)
         # Where a kernel is applied to both sides, the steps of the positive one are the coarser.
         for other in graph.applications(node.name):
             other.weights["bias"] = bias.astype(np.float32)

@@ -138,7 +138,7 @@ def settle(model: keras.Model) -> None:
             )
     graph = read_quantized(model)
     remove_ties(graph, shared_ranges(graph))
-    round_biases(graph)
+    round_biases(graph, again=True)
     for layer in ranges:
         params = graph[layer.name.removesuffix(RANGE_SUFFIX)].params
         # Bounds that were computed from the scale again would be off by float32's rounding.

@@ -21,12 +21,15 @@ from keras_effnet.quantization import (
     reconstruction,
     splitting,
 )
+from keras_effnet.quantization.boundaries import boundaries, quantized_tensor
+from keras_effnet.quantization.build import build_model
 from keras_effnet.quantization.graph import Node
 from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.params import kernel_scales
 from keras_effnet.quantization.reconstruction import (
     PLACES_PER_IMAGE,
     _Regression,
+    _Tapes,
     reconstruct_kernels,
     reconstructed,
 )
@@ -149,15 +152,15 @@ def clipped(monkeypatch):
     monkeypatch.setattr(quantize, "find_range", narrow)
 
 
-def errors(model, quantized, images):
-    """Relative squared errors of the outputs of both projections."""
+def errors(model, quantized, images, names=("project_1", "project_2")):
+    """Relative squared errors of the outputs of projections."""
     found = {}
-    for name in ("project_1", "project_2"):
-        exact = predict(keras.Model(model.inputs[0], model.get_layer(name).output), images)
+    graph = folded(model)
+    for name in names:
+        exact = predict(build_model(graph, quantized=False, observed=(name,)), images)
         tensor = quantized.get_layer(name).output
-        found[name] = np.mean(
-            (predict(keras.Model(quantized.inputs[0], tensor), images) - exact) ** 2
-        ) / np.var(exact)
+        missing = predict(keras.Model(quantized.inputs[0], tensor), images) - exact
+        found[name] = np.mean(missing**2) / np.var(exact)
     return found
 
 
@@ -212,6 +215,33 @@ def test_an_image_counts_once_in_any_batches(model):
         )
 
 
+def test_each_model_goes_on_from_its_own_tensors(model, clipped):
+    teacher = folded(model)
+    graph = read_quantized(quantize_model(model, values(), OFF, verbose=False))
+    models = [build_model(teacher, quantized=False), build_model(graph, quantized=True)]
+    tapes = _Tapes(models, boundaries(teacher, graph), [values(4), values(4, seed=1)])
+    assert tapes.ahead == ["project_1", "project_2"]
+    tapes.advance(["project_1"])
+    assert (tapes.start, tapes.ahead) == ("project_1", ["project_2"])
+    tensors = [models[0].get_layer(name).output for name in ("project_1", "project_2")]
+    tensors += [quantized_tensor(models[1], name) for name in ("project_1", "project_2")]
+    expected = [
+        [
+            predict(keras.Model(models[which // 2].inputs[0], tensors[which]), batch)
+            for which in range(4)
+        ]
+        for batch in (values(4), values(4, seed=1))
+    ]
+    for kept, exact in zip(tapes.kept, expected, strict=True):
+        np.testing.assert_allclose(kept[0], exact[0], atol=1e-5)
+        np.testing.assert_allclose(kept[1], exact[2], atol=1e-5)
+    for found, exact in zip(tapes.run(["project_2"], ["project_2"]), expected, strict=True):
+        np.testing.assert_allclose(found[0], exact[1], atol=1e-5)
+        # A value near a half of a step may be rounded the other way.
+        assert np.mean(np.abs(found[1] - exact[3]) > 1e-5) < 0.01
+        assert np.mean(np.abs(found[0] - found[1])) > 1e-3
+
+
 def test_of_many_images_every_nth_batch_is_kept(model, monkeypatch):
     graph = read_quantized(quantize_model(model, values(), OFF, verbose=False))
     seen = []
@@ -236,10 +266,12 @@ def test_both_sides_of_a_split_projection_share_the_fit(shallow, monkeypatch):
         quantize_model(model, images, QuantizationConfig(corrections=kept), verbose=False)
         for kept in (names[:2], names)
     )
-    owners = set(reconstructed(folded(model), read_quantized(changed)).values())
-    assert any(name.endswith(POSITIVE_SUFFIX) for name in owners) == shallow
-    for name in owners:
-        moved = changed.get_layer(name).real_kernel() != plain.get_layer(name).real_kernel()
+    fitted_ones = reconstructed(folded(model), read_quantized(changed))
+    assert any(name.endswith(POSITIVE_SUFFIX) for name in fitted_ones.values()) == shallow
+    before, after = (errors(model, each, images, fitted_ones) for each in (plain, changed))
+    for name, owner in fitted_ones.items():
+        assert after[name] < before[name]
+        moved = changed.get_layer(owner).real_kernel() != plain.get_layer(owner).real_kernel()
         assert moved.any()
     np.testing.assert_array_equal(
         integers_of_model(changed, images), integers_of_file(changed, images)
