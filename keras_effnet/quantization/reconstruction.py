@@ -230,8 +230,9 @@ class _Regression:
         errors = np.zeros(len(DAMPINGS))
         for held in groups if len(groups) > 1 else ():
             rest = [group for group in groups if group is not held]
-            found = self._fits(sum(rest[1:], rest[0]), given)
-            errors += [held.error(kernel, sum(rest[1:], rest[0]).bias(kernel)) for kernel in found]
+            others = sum(rest[1:], rest[0])
+            fits = self._fits(others, given)
+            errors += [held.error(kernel, others.bias(kernel)) for kernel in fits]
         whole = sum(groups[1:], groups[0])
         # One image alone tells nothing of others.
         best = int(np.argmin(errors)) if errors.any() else len(DAMPINGS) - 1
