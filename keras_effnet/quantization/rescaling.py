@@ -10,11 +10,11 @@ as if nothing had been done. A channel that reaches 80 is far out on the straigh
 at most places, where both sides agree; so the few channels that spread the range of all others can
 give much of it up.
 
-The graph then computes another function, and training takes back but a part of the difference: on
-V1-B0 it ends a decibel short of where equalization begins (docs/training.md). A closer
-approximation ends no nearer: with a shift of channels before the swish, and rounding errors counted
-a sixteenth in the search, the variance of the function's error fell to a third and that of rounding
-rose; after training such a file was as far from the float model as this one.
+The graph then computes another function. Kernel reconstruction (`reconstruction.py`) takes more of
+the difference back than training does (docs/training.md). A closer approximation ended no nearer,
+before there was reconstruction: with a shift of channels before the swish, and rounding errors
+counted a sixteenth in the search, the variance of the function's error fell to a third and that of
+rounding rose; after training such a file was as far from the float model as this one.
 
 Source of the exact counterpart: Nagel et al., 2019, Data-Free Quantization Through Weight
 Equalization and Bias Correction, section 4.1 (https://arxiv.org/abs/1906.04721).
