@@ -65,7 +65,7 @@ def disturbed(model):
     for layer in layers_of(copy):
         if isinstance(layer, QUANTIZED_KERNELS):
             kernel = keras.ops.convert_to_numpy(layer.kernel)
-            layer.kernel.assign(kernel + rng.normal(size=kernel.shape) * 0.03)
+            layer.kernel.assign(kernel + rng.normal(size=kernel.shape) * 0.1)
     return copy
 
 
