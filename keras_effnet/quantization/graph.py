@@ -66,6 +66,18 @@ def kernel_owner(node: Node) -> str:
     return node.attrs.get("kernel_of", node.name)
 
 
+def is_projection(node: Node) -> bool:
+    """Whether a node is a 1 x 1 convolution without strides, groups, activation, not in float."""
+    return (
+        node.op == "conv"
+        and node.weights["kernel"].shape[:2] == (1, 1)
+        and tuple(node.attrs["strides"]) == (1, 1)
+        and node.attrs["groups"] == 1
+        and node.attrs["activation"] == "linear"
+        and not node.is_float
+    )
+
+
 class Graph:
     """Nodes in topological order, with the names of the input and of the outputs."""
 

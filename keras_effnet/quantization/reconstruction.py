@@ -16,13 +16,15 @@ Li et al., 2025, GPTAQ, section 3 (https://arxiv.org/abs/2504.02692), for quanti
 
 import itertools
 from collections.abc import Iterable
+from functools import reduce
+from operator import add
 
 import keras
 import numpy as np
 
 from .boundaries import boundaries, keeps_units, quantized_tensor
 from .build import build_model, in_float32
-from .graph import Graph, Node, kernel_owner
+from .graph import Graph, Node, is_projection, kernel_owner
 from .lowering import dequantized_kernel
 from .params import kernel_scales
 from .rounding import round_kernel
@@ -70,7 +72,7 @@ def reconstruct_kernels(
         fit = _Regression()
         for outputs, *inputs in tapes.run([name], [side.inputs[0] for side in sides]):
             # A kernel that is applied to both sides of a tensor meets their sum.
-            fit.add(sum(inputs[1:], inputs[0]), outputs)
+            fit.add(reduce(add, inputs), outputs)
         kernel, bias = fit.solve(graph[owner])
         # Each side adds the bias.
         fitted = {"kernel": kernel, "bias": (bias / len(sides)).astype(np.float32)}
@@ -93,20 +95,9 @@ def reconstructed(teacher: Graph, graph: Graph) -> dict[str, str]:
         # The sum of both sides, where the projection was split.
         parts = [graph[name] for name in twin.inputs] if twin.op == "add" else [twin]
         owners = {kernel_owner(part) for part in parts}
-        if len(owners) == 1 and all(_is_projection(part) for part in (node, *parts)):
+        if len(owners) == 1 and all(is_projection(part) for part in (node, *parts)):
             found[node.name] = owners.pop()
     return found
-
-
-def _is_projection(node: Node) -> bool:
-    return (
-        node.op == "conv"
-        and node.weights["kernel"].shape[:2] == (1, 1)
-        and tuple(node.attrs["strides"]) == (1, 1)
-        and node.attrs["groups"] == 1
-        and node.attrs["activation"] == "linear"
-        and not node.is_float
-    )
 
 
 class _Tapes:
@@ -229,11 +220,10 @@ class _Regression:
         groups = [group for group in self.groups if group.rows]
         errors = np.zeros(len(DAMPINGS))
         for held in groups if len(groups) > 1 else ():
-            rest = [group for group in groups if group is not held]
-            others = sum(rest[1:], rest[0])
+            others = reduce(add, (group for group in groups if group is not held))
             fits = self._fits(others, given)
             errors += [held.error(kernel, others.bias(kernel)) for kernel in fits]
-        whole = sum(groups[1:], groups[0])
+        whole = reduce(add, groups)
         # One image alone tells nothing of others.
         best = int(np.argmin(errors)) if errors.any() else len(DAMPINGS) - 1
         kernel = list(self._fits(whole, given))[best]

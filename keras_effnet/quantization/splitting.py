@@ -24,7 +24,7 @@ import dataclasses
 import numpy as np
 
 from .calibration import TensorStatistics
-from .graph import Graph, Node
+from .graph import Graph, Node, is_projection
 from .sides import NEGATIVE, POSITIVE, POSITIVE_SUFFIX, negative_name
 
 # Swishes are split where images have so many times fewer rows and columns than the input.
@@ -73,13 +73,8 @@ def _path(graph: Graph, swish: Node) -> tuple[Node, Node | None, Node | None] | 
         return None
     project = readers[0]
     nodes = [node for node in (swish, project, product, squeeze) if node is not None]
-    if (
-        project.op != "conv"
-        or project.weights["kernel"].shape[:2] != (1, 1)
-        or tuple(project.attrs["strides"]) != (1, 1)
-        or project.attrs["groups"] != 1
-        or project.attrs["activation"] != "linear"
-        or any(node.is_float or node.name in graph.outputs for node in nodes)
+    if not is_projection(project) or any(
+        node.is_float or node.name in graph.outputs for node in nodes
     ):
         return None
     return project, product, squeeze
