@@ -44,6 +44,11 @@ _DEFAULTS = {"epochs": 5, "learning_rate": 3e-5, "ema": 0.95, "mixup": 1.0}
 _FREEZE_AFTER = 0.3
 # Outputs of a softmax sum to 1; in float32 over 1000 classes to within this.
 _SUM_TOLERANCE = 1e-3
+_NOT_BETTER = (
+    "QAT is PTQ: no trained state was better by more than chance makes it, on the images by which "
+    "the best state is chosen. Train on more images, for longer or with another --learning-rate, "
+    "or use the PTQ file."
+)
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
@@ -406,7 +411,6 @@ class _Labelled(_Job):
     def train(self, quantized: keras.Model, folder: Path) -> dict[str, Any]:
         from keras_effnet.quantization import FreezeRanges
         from keras_effnet.quantization.training import unrounded_outputs, without_dropout
-        from keras_effnet.training.loop import BEST
 
         args = self.args
         _check_probabilities(quantized, self.training)
@@ -431,13 +435,32 @@ class _Labelled(_Job):
             )  # fmt: skip
         if self.replicas.writes:
             train.finish(folder, args, result)
-            best = exporting.load_model(str(folder / BEST))
-            quantized.set_weights(best.get_weights())
+            best = self._better(folder, teacher)
+            if best is None:
+                self.warnings.append(_NOT_BETTER)
+            else:
+                quantized.set_weights(best.get_weights())
         return {
             "history": result.history,
             "best_val_accuracy": result.best,
             "unreadable": result.unreadable,
         }
+
+    def _better(self, folder: Path, teacher: keras.Model | None) -> keras.Model | None:
+        """Returns the best state if the validation images tell that it is better than the start."""
+        from keras_effnet.quantization.distillation import is_better
+        from keras_effnet.quantization.training import unrounded_outputs
+        from keras_effnet.training import EvaluationBatches
+        from keras_effnet.training.loop import BEST
+        from keras_effnet.training.teaching import losses_of
+
+        losses = []
+        for name in (PTQ_MODEL, BEST):
+            model = exporting.load_model(str(folder / name))
+            batches = EvaluationBatches(self.validation, self.args.batch_size)
+            with unrounded_outputs(model):
+                losses.append(losses_of(model, teacher, batches, self.config))
+        return model if is_better(*losses) else None
 
     def batches(self) -> Any:
         """Starts a pass over the evaluation images and labels."""
@@ -515,6 +538,8 @@ class _Distilled(_Job):
                 "Interrupted: the best state so far is exported. The same command with --resume "
                 "goes on."
             )
+        if result.epochs and not result.kept:
+            self.warnings.append(_NOT_BETTER)
         return {"distillation": dataclasses.asdict(result)}
 
     def batches(self) -> Any:

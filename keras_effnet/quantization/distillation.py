@@ -111,7 +111,8 @@ class Distillation:
             back (see `validation_share`), at the start.
         after: The same of the state that was kept.
         epochs: The same after each epoch, or block.
-        kept: Number of the epoch, or block, whose state was kept; 0 is the start.
+        kept: Number of the epoch, or block, whose state was kept; 0 is the start, which is kept
+            where no state was better by more than chance makes it.
         interrupted: Whether Ctrl-C ended it.
     """
 
@@ -133,8 +134,9 @@ def distill(
     """Trains a quantized model, in place, to predict what its float model predicts.
 
     After every epoch the settled model (`settle`) is measured on held-back images, and the best
-    state is kept, that of the start included: it never gets worse on them. Ctrl-C ends the training
-    and keeps the best state so far.
+    state is kept, if it is better than the start by more than chance makes it (`is_better`). Else
+    the start is: the model never gets worse on those images. Ctrl-C ends the training and keeps
+    the best state so far.
 
     With a `checkpoint`, the same call goes on where an earlier one, killed or interrupted, ended
     its last epoch, and reaches the same weights bit for bit where the backend repeats itself.
@@ -243,6 +245,21 @@ def _relative_error(target, output):
     return ops.mean(ops.square(output - target), axis=axes) / energy
 
 
+def is_better(before: np.ndarray, after: np.ndarray) -> bool:
+    """Returns whether losses fell by more than the standard error of their mean difference.
+
+    Of two states that held-back images do not tell apart, the one that was not chosen by them is
+    the safer one (Breiman et al., 1984, Classification and Regression Trees, section 3.4.3).
+
+    Args:
+        before: Losses of the same independent images, shape (images,).
+        after: The same afterwards.
+    """
+    gains = np.asarray(before, np.float64) - np.asarray(after, np.float64)
+    # One image alone has no spread: it tells nothing.
+    return len(gains) > 1 and bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
+
+
 class _Run:
     """One distillation."""
 
@@ -259,20 +276,22 @@ class _Run:
                 'common; distill with mode="end_to_end" and feature_weight=0.'
             )
         self.names = _logits(teacher), _logits(student)
-        self.held = self._views(images[held])
+        self.held, self.views = len(held), self._views(images[held])
         # The scores before they are rounded: the range of a classifier's scores ends where larger
         # ones change no probability, but a temperature brings what lies beyond into the divergence.
         self.scores = model.get_layer(self.names[1]).output
         self.output = keras.Model(model.inputs[0], self.scores)
         # A single output comes without its list.
         self.wanted = self._observed([self.names[0]]).predict(
-            self.held, config.batch_size, verbose=0
+            self.views, config.batch_size, verbose=0
         )
         # The temperature of the training: at 1 the few doubtful images would choose the best state.
         self.measure = _relative_error
         if self.wanted.ndim == 2:
             self.measure = functools.partial(divergence, temperature=config.temperature)
-        before, self.best = self._settled()
+        # Distances of the held-back images and weights: of the start, and of the best state.
+        self.start = self.best = self._settled()
+        before = float(self.start[0].mean())
         self.result = Distillation(before, before)
         # Finished blocks; finished epochs of the block after them, and those without improvement.
         self.position = {"block": 0, "epoch": 0, "waited": 0}
@@ -294,14 +313,11 @@ class _Run:
                 f"The checkpoint {str(path)!r} belongs to a distillation with another "
                 f"{', '.join(wrong)}. Go on with the same, or name another file."
             )
-        count = len(self.best)
-        self.used, weights, self.best = (
-            arrays[0],
-            arrays[1 : count + 1],
-            arrays[count + 1 :][:count],
-        )
-        self.optimizer_state = arrays[2 * count + 1 :]
-        self.model.set_weights(weights)
+        self.used, distances, *arrays = arrays
+        count = len(self.model.weights)
+        self.model.set_weights(arrays[:count])
+        self.best = distances, arrays[count : 2 * count]
+        self.optimizer_state = arrays[2 * count :]
         self.position = facts["position"]
         self.result = Distillation(**facts["result"])
         self.rng.bit_generator.state = facts["random"]
@@ -311,7 +327,8 @@ class _Run:
         if self.checkpoint is None:
             return
         optimizer = [] if trainer is None else trainer.optimizer.variables
-        arrays = [self.used, *self.model.get_weights(), *self.best]
+        distances, best = self.best
+        arrays = [self.used, distances, *self.model.get_weights(), *best]
         facts = {
             "begun": self.begun,
             "position": self.position,
@@ -331,7 +348,10 @@ class _Run:
         except KeyboardInterrupt:
             self.result.interrupted = True
         finally:
-            self.model.set_weights(self.best)
+            if not is_better(self.start[0], self.best[0]):
+                self.best = self.start
+                self.result.after, self.result.kept = self.result.before, 0
+            self.model.set_weights(self.best[1])
         return self.result
 
     def _end_to_end(self, verbose):
@@ -371,7 +391,7 @@ class _Run:
                 if position["epoch"] < self.epochs:
                     self._save(trainer)
             self._keep_if_better(trainer)
-            self.model.set_weights(self.best)
+            self.model.set_weights(self.best[1])
             position.update(block=block + 1, epoch=0)
             self._save()
 
@@ -452,22 +472,24 @@ class _Run:
     def _keep_if_better(self, trainer) -> bool:
         """Measures the settled model, and keeps it if it is the best so far."""
         with averaged_weights(trainer):
-            distance, weights = self._settled()
+            state = self._settled()
         result = self.result
-        result.epochs.append(distance)
-        better = distance < result.after
+        result.epochs.append(float(state[0].mean()))
+        better = result.epochs[-1] < result.after
         if better:
-            result.after, result.kept, self.best = distance, len(result.epochs), weights
+            result.after, result.kept, self.best = result.epochs[-1], len(result.epochs), state
         return better
 
-    def _settled(self) -> tuple[float, list[np.ndarray]]:
-        """Returns the distance on the held-back images and the weights of the settled model."""
+    def _settled(self) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Returns the distances of the held-back images and the weights of the settled model."""
         trained = self.model.get_weights()
         try:
             settle(self.model)
-            output = self.output.predict(self.held, self.config.batch_size, verbose=0)
-            distance = float(ops.convert_to_numpy(ops.mean(self.measure(self.wanted, output))))
-            return distance, self.model.get_weights()
+            output = self.output.predict(self.views, self.config.batch_size, verbose=0)
+            distances = ops.convert_to_numpy(self.measure(self.wanted, output))
+            # The views of one image are not independent.
+            distances = distances.reshape(-1, self.held).mean(axis=0)
+            return distances, self.model.get_weights()
         finally:
             self.model.set_weights(trained)
 

@@ -138,8 +138,8 @@ class FakeQuant(keras.layers.Layer):
         self.initial_maximum = float(maximum)
         self.fixed = fixed
         self.unit = float(power_of_two(maximum - minimum))
-        # Whether training rounds (`training.unrounded_outputs`).
-        self.rounds_in_training = True
+        # Whether it does anything (`training.unrounded_outputs`).
+        self.rounds = True
 
     def build(self, input_shape):
         # The bound that is farther from 0 stays away from it, so that the range never collapses.
@@ -168,7 +168,7 @@ class FakeQuant(keras.layers.Layer):
         values = ops.cast(inputs, "float32")
         if self.ranges == MOVING_AVERAGE and training:
             self._follow(values)
-        if training and not self.rounds_in_training:
+        if not self.rounds:
             return inputs
         ends = self.minimum * self.unit, self.maximum * self.unit
         if self.ranges == LEARNED:

@@ -173,11 +173,12 @@ def without_dropout(model: keras.Model) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unrounded_outputs(model: keras.Model) -> Iterator[None]:
-    """Lets the loss see a classifier's outputs, and its scores, before they are rounded.
+    """Lets a loss see a classifier's outputs, and its scores, before they are rounded.
 
     A probability of less than 1/512 is rounded to 0 and a score beyond its range is clipped, where
-    the loss has no gradient though it is large. Outside training nothing changes. Their ranges are
-    not learned, since the loss does not see them. To be entered before the model is compiled.
+    the loss has no gradient though it is large, and tells states apart that are equal but for a
+    step. Their ranges are not learned, since the loss does not see them. To be entered before the
+    model is compiled or called.
 
     Args:
         model: A model made by `quantize_model`.
@@ -189,11 +190,11 @@ def unrounded_outputs(model: keras.Model) -> Iterator[None]:
     ranges = {layer: layer.trainable for layer in layers_of(model) if layer.name in suffixed}
     try:
         for layer in ranges:
-            layer.rounds_in_training = layer.trainable = False
+            layer.rounds = layer.trainable = False
         yield
     finally:
         for layer, trainable in ranges.items():
-            layer.rounds_in_training, layer.trainable = True, trainable
+            layer.rounds, layer.trainable = True, trainable
 
 
 def layers_of(model: keras.Model) -> Iterator[keras.layers.Layer]:

@@ -104,7 +104,7 @@ class TrainingConfig:
             average is what is evaluated and saved.
         best_by: What tells the best state: "accuracy" on the validation images, of equal ones the
             lower cross-entropy; or "cross_entropy" alone, which tells more where the accuracy
-            hardly moves. With a teacher it is that with its predictions and the labels, by weight.
+            hardly moves. With a teacher it is the loss, without label smoothing.
         class_weights: "balanced" weighs each image by how rare its class is; or "none".
         augmentation: Of the training images.
         mixed_precision: "float16" or "bfloat16" for the arithmetic, or None for float32.

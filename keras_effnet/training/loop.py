@@ -356,7 +356,7 @@ def compile_model(model: keras.Model, config: TrainingConfig, phase: Phase, step
     optimizer.exclude_from_weight_decay(var_names=["bias", "gamma", "beta"])
     if config.teacher_weight:
         loss = loss_of(config.teacher_weight, config.teacher_temperature, config.label_smoothing)
-        metrics = metrics_of(config.teacher_weight)
+        metrics = metrics_of(config.teacher_weight, config.teacher_temperature)
     else:
         loss = keras.losses.CategoricalCrossentropy(label_smoothing=config.label_smoothing)
         metrics = [

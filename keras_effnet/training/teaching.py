@@ -13,12 +13,11 @@ import numpy as np
 from keras import ops
 
 from keras_effnet.quantization.distillation import divergence
-from keras_effnet.training.batches import Batch
+from keras_effnet.training.batches import Batch, EvaluationBatches
+from keras_effnet.training.config import TrainingConfig
 
 # Smaller probabilities count as so much; as in Keras' cross-entropies.
 _LEAST = 1e-7
-# Half a step of an integer softmax: what it rounds to 0 may be as large.
-_LEAST_ROUNDED = 1 / 512
 
 
 def taught(teacher: keras.Model, batch: Batch) -> Batch:
@@ -26,6 +25,31 @@ def taught(teacher: keras.Model, batch: Batch) -> Batch:
     predicted = ops.convert_to_numpy(teacher.predict_on_batch(batch.images))
     targets = np.concatenate([batch.targets, predicted], axis=1, dtype=np.float32)
     return batch._replace(targets=targets)
+
+
+def losses_of(
+    model: keras.Model,
+    teacher: keras.Model | None,
+    batches: EvaluationBatches,
+    config: TrainingConfig,
+) -> np.ndarray:
+    """Returns the loss of each image without label smoothing, float32 of shape `(images,)`.
+
+    Args:
+        model: Outputs probabilities, `(n, classes)`.
+        teacher: As of the training; None where it had none.
+        batches: The images.
+        config: Of the training.
+    """
+    loss = keras.losses.categorical_crossentropy
+    if teacher is not None:
+        loss = loss_of(config.teacher_weight, config.teacher_temperature, 0.0)
+    found = []
+    for batch in batches.batches():
+        targets = batch.targets if teacher is None else taught(teacher, batch).targets
+        losses = ops.convert_to_numpy(loss(targets, model.predict_on_batch(batch.images)))
+        found.append(losses[batch.weights > 0])
+    return np.concatenate(found)
 
 
 def _parts(targets: Any) -> tuple[Any, Any]:
@@ -57,18 +81,13 @@ def loss_of(share: float, temperature: float, label_smoothing: float) -> Callabl
     return loss
 
 
-def metrics_of(share: float) -> list[keras.metrics.Metric]:
-    """Returns the accuracy by the labels, and the cross-entropy with labels and teacher."""
+def metrics_of(share: float, temperature: float) -> list[keras.metrics.Metric]:
+    """Returns the accuracy by the labels, and the loss without label smoothing."""
 
     def accuracy(y_true: Any, y_pred: Any) -> Any:
         return keras.metrics.categorical_accuracy(_parts(y_true)[0], y_pred)
 
-    def cross_entropy(y_true: Any, y_pred: Any) -> Any:
-        labels, wanted = _parts(ops.cast(y_true, "float32"))
-        logarithms = ops.log(ops.maximum(ops.cast(y_pred, "float32"), _LEAST_ROUNDED))
-        return -ops.sum(((1 - share) * labels + share * wanted) * logarithms, axis=-1)
-
+    functions = {"accuracy": accuracy, "cross_entropy": loss_of(share, temperature, 0.0)}
     return [
-        keras.metrics.MeanMetricWrapper(function, name=function.__name__)
-        for function in (accuracy, cross_entropy)
+        keras.metrics.MeanMetricWrapper(function, name=name) for name, function in functions.items()
     ]

@@ -180,7 +180,15 @@ def test_training_with_labels_resumes_and_reports_three_forms(
     files = [(tmp_path / name / "qat.tflite").read_bytes() for name in ("whole", "qat")]
     assert files[0] == files[1]
 
+    # States that are not better than what the training began with are not kept.
+    monkeypatch.setattr(distillation, "is_better", lambda before, after: False)
+    assert run(**given, evaluation_data=photographs, output_dir=tmp_path / "no_better") == 0
+    ptq, qat = ((tmp_path / "no_better" / f"{name}.tflite").read_bytes() for name in ("ptq", "qat"))
+    assert ptq == qat != files[0]
+    assert "QAT is PTQ: no trained state was better" in capsys.readouterr().err
+
     # The float model's predictions are other targets than the labels; images are blended.
+    monkeypatch.undo()
     given |= {
         "teacher_weight": 0.5,
         "temperature": 2,

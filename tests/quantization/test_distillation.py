@@ -129,6 +129,49 @@ def test_it_keeps_the_start_where_training_harms(two_blocks, two_blocks_quantize
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ([0.2, 0.1, 0.3, 0.2], True),
+        # Their mean is 0.05, its standard error 0.29.
+        ([0.8, -0.4, 0.3, -0.5], False),
+        # 0.2 and 0.19, 0.2 and 0.21.
+        ([0.2, 0.66, -0.26, 0.2], True),
+        ([0.2, 0.72, -0.32, 0.2], False),
+        ([0.0, 0.0, 0.0], False),
+        ([1.0], False),
+    ],
+)
+def test_a_gain_is_one_where_it_exceeds_its_standard_error(gains, expected):
+    before = np.arange(len(gains)) + 1.0
+    assert distillation.is_better(before, before - gains) is expected
+    assert not distillation.is_better(before - gains, before)
+
+
+@pytest.mark.parametrize(("spread", "kept"), [(0.01, 2), (0.4, 0)])
+def test_the_start_is_kept_where_chance_makes_the_best_state(
+    spread, kept, two_blocks, two_blocks_student, tiny_images, monkeypatch
+):
+    noise = spread * np.array([1, -1, 1, -1, 0])
+    # The start, and then every epoch.
+    states = [np.ones(5) + shift for shift in (0, 0.3, noise - 0.1, 0.1 + noise)]
+    left, settled = list(states), distillation._Run._settled
+
+    def measured(self):
+        return left.pop(0), settled(self)[1]
+
+    monkeypatch.setattr(distillation._Run, "_settled", measured)
+    start, student = copy_of(two_blocks_student), copy_of(two_blocks_student)
+    settle(start)
+    config = DistillationConfig(**FAST, epochs=3)
+    result = distill(two_blocks, student, tiny_images, config, verbose=False)
+    assert not left and result.kept == kept
+    np.testing.assert_allclose(result.epochs, [1.3, 0.9, 1.1])
+    np.testing.assert_allclose([result.before, result.after], [1, 0.9 if kept else 1])
+    pairs = zip(start.get_weights(), student.get_weights(), strict=True)
+    assert all(np.array_equal(a, b) for a, b in pairs) == (kept == 0)
+
+
 def test_the_teacher_and_the_dropout_are_left_alone(tiny_images):
     def dropping(x):
         x = keras.layers.GlobalAveragePooling2D()(x)
@@ -193,7 +236,7 @@ def test_mirror_images_and_blends_are_measured_too(
     for options in ({"mixup": 0.5}, {"flip": False}):
         config = DistillationConfig(**{**FAST, "epochs": 1, **options})
         distill(two_blocks, copy_of(two_blocks_student), tiny_images, config, verbose=False)
-    all_views, plain = (run.held.astype(np.float32) for run in runs)
+    all_views, plain = (run.views.astype(np.float32) for run in runs)
     assert len(plain) == 5 and len(all_views) == 15  # A fifth of the images.
     held, mirrored, blended = np.split(all_views, 3)
     np.testing.assert_array_equal(held, plain)
@@ -201,6 +244,10 @@ def test_mirror_images_and_blends_are_measured_too(
     assert np.abs(blended - (plain + plain[[-1, 0, 1, 2, 3]]) / 2).max() <= 0.5
     scores = two_blocks.predict(all_views, verbose=0)
     np.testing.assert_allclose(keras.ops.softmax(runs[0].wanted), scores, atol=1e-5)
+    # The views of one photograph count as one.
+    of_views = runs[0].measure(runs[0].wanted, predict(runs[0].output, all_views))
+    distances = np.asarray(of_views).reshape(3, 5).mean(axis=0)
+    np.testing.assert_allclose(runs[0].best[0], distances, rtol=1e-4)
 
 
 def test_a_temperature_sees_beyond_the_range(two_blocks, two_blocks_student, tiny_images, capsys):
@@ -410,7 +457,8 @@ def test_a_killed_distillation_goes_on_to_the_same_weights(
 def test_few_images_are_passed_more_often(count, epochs, tiny, student, tiny_images, monkeypatch):
     calls = []
     monkeypatch.setattr(distillation._Run, "_epoch", lambda *args: calls.append(args))
-    monkeypatch.setattr(distillation._Run, "_settled", lambda self: (0.0, self.model.get_weights()))
+    state = np.zeros(2), student.get_weights()
+    monkeypatch.setattr(distillation._Run, "_settled", lambda self: state)
     images = np.resize(tiny_images, (count, *tiny_images.shape[1:]))
     config = DistillationConfig(**FAST, patience=99)
     distill(tiny, student, images, config, verbose=False)

@@ -21,7 +21,7 @@ from keras_effnet.training import (
     train,
 )
 from keras_effnet.training.loop import BEST, CHECKPOINT, LAST
-from keras_effnet.training.teaching import loss_of, metrics_of
+from keras_effnet.training.teaching import loss_of, losses_of, metrics_of
 
 PHASES = (Phase("head", 1, 1e-2, frozen="all"), Phase("stages", 2, 1e-2, frozen=0))
 RANDOM = AugmentationConfig(rand_augment=1, mixup=0.2, cutmix=1.0)
@@ -471,19 +471,37 @@ def test_the_loss_is_that_of_labels_and_teacher(share, temperature):
     assert best == pytest.approx(0, abs=1e-5) and divergence > 0.1
 
 
-def test_accuracy_is_that_of_the_labels_and_the_cross_entropy_that_of_both():
+def test_accuracy_is_that_of_the_labels_and_the_cross_entropy_the_loss():
     labels = np.eye(3)[[0, 1]]
     wanted = np.array([[0.1, 0.8, 0.1], [0.2, 0.6, 0.2]])
-    # An integer softmax has rounded one probability to 0.
+    # One probability is too small for float32.
     outputs = np.array([[0.2, 0.8, 0.0], [0.1, 0.5, 0.4]])
     targets = np.concatenate([labels, wanted], axis=1).astype("float32")
     accuracy, cross_entropy = (
-        float(metric(targets, outputs.astype("float32"))) for metric in metrics_of(0.5)
+        float(metric(targets, outputs.astype("float32"))) for metric in metrics_of(0.5, 3.0)
     )
     assert accuracy == 0.5
-    both = 0.5 * labels + 0.5 * wanted
-    expected = -(both * np.log(np.maximum(outputs, 1 / 512))).sum(axis=1).mean()
-    assert cross_entropy == pytest.approx(expected, rel=1e-5)
+    outputs = np.maximum(outputs, 1e-7)
+    soft, own = (softmax(np.log(each) / 3) for each in (wanted, outputs))
+    divergence = 9 * (soft * np.log(soft / own)).sum(axis=1)
+    expected = 0.5 * divergence - 0.5 * (labels * np.log(outputs)).sum(axis=1)
+    assert cross_entropy == pytest.approx(expected.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.75])
+def test_the_losses_of_images_are_what_the_best_state_is_chosen_by(share, run):
+    config = config_of(
+        phases=(Phase("one", 1, 1e-2),), teacher_weight=share, teacher_temperature=2.0, ema=0.0
+    )
+    teacher = toy.toy_model() if share else None
+    result, model = run(config=config, teacher=teacher)
+    _, validation = toy.colour_images().split(1 / 3, seed=0)
+    # The last batch is not full.
+    batches = EvaluationBatches(validation, len(validation) - 1)
+    losses = losses_of(model, teacher, batches, config)
+    assert losses.shape == (len(validation),) and losses.std() > 0
+    expected = result.history[-1]["val_cross_entropy"]
+    np.testing.assert_allclose(losses.mean(), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize(("share", "given"), [(0.5, False), (0.0, True)])
