@@ -435,32 +435,33 @@ class _Labelled(_Job):
             )  # fmt: skip
         if self.replicas.writes:
             train.finish(folder, args, result)
-            best = self._better(folder, teacher)
-            if best is None:
-                self.warnings.append(_NOT_BETTER)
-            else:
-                quantized.set_weights(best.get_weights())
+            # The states were saved in `quantized`: it holds the last one.
+            quantized.set_weights(self._kept(folder, teacher))
         return {
             "history": result.history,
             "best_val_accuracy": result.best,
             "unreadable": result.unreadable,
         }
 
-    def _better(self, folder: Path, teacher: keras.Model | None) -> keras.Model | None:
-        """Returns the best state if the validation images tell that it is better than the start."""
+    def _kept(self, folder: Path, teacher: keras.Model | None) -> list[Any]:
+        """Returns the weights of the best state, or of PTQ if that is as good but for chance."""
         from keras_effnet.quantization.distillation import is_better
         from keras_effnet.quantization.training import unrounded_outputs
         from keras_effnet.training import EvaluationBatches
         from keras_effnet.training.loop import BEST
         from keras_effnet.training.teaching import losses_of
 
-        losses = []
+        losses, weights = [], []
         for name in (PTQ_MODEL, BEST):
             model = exporting.load_model(str(folder / name))
             batches = EvaluationBatches(self.validation, self.args.batch_size)
             with unrounded_outputs(model):
                 losses.append(losses_of(model, teacher, batches, self.config))
-        return model if is_better(*losses) else None
+            weights.append(model.get_weights())
+        if is_better(*losses):
+            return weights[1]
+        self.warnings.append(_NOT_BETTER)
+        return weights[0]
 
     def batches(self) -> Any:
         """Starts a pass over the evaluation images and labels."""
