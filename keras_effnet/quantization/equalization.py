@@ -130,13 +130,14 @@ def equalize_swish(
 
 
 def divide_outputs(source: Node, factors: np.ndarray) -> None:
-    """Divides the output channels of a convolution by factors, in place."""
+    """Divides the output channels of a convolution by factors, in place, and notes that it did."""
     kernel = source.weights["kernel"]
     shape = (-1, 1) if source.op == "depthwise" else (-1,)
     source.weights["kernel"] = (kernel / factors.reshape(shape)).astype(np.float32)
     for key in ("bias", "mean", "deviation"):
         if key in source.weights:
             source.weights[key] = (source.weights[key] / factors).astype(np.float32)
+    source.weights["divisors"] = source.weights.get("divisors", np.float32(1)) * factors
 
 
 def best_swishes(

@@ -45,7 +45,8 @@ class Node:
         attrs: Static arguments of the operation.
         weights: Constants of the operation, float32 arrays; "limits" of a quantized kernel are
             the largest magnitudes that its channels represent, "mean" and "deviation" the moments
-            to which a folded batch norm brought its output.
+            to which a folded batch norm brought its output, "divisors" what its output channels
+            were divided by since the model was read.
         params: Quantization parameters of the tensor, once they are known.
         is_float: Whether the operation computes in float.
     """

@@ -1,10 +1,11 @@
-"""Kernel reconstruction: projections fitted to the inputs that integers bring them.
+"""Kernel reconstruction: kernels fitted to the inputs that integers bring them.
 
 What reaches a layer of the quantized model is off already: rounded, clipped, of a swish that was
 rescaled. Its kernel was made for exact inputs. The kernel and bias with which its outputs come
 nearest to the float model's, from the inputs as they are, are those of a linear regression. The
-projections at the ends of the blocks are fitted so, one after the other, each behind those that
-have been; what the noise of a block has in common with its signal ends there.
+depthwise kernels and the projections at the ends of the blocks are fitted so, one after the other,
+each behind those that have been; what the noise of a block has in common with its signal ends
+there. Expansions read the ends of blocks, which have just been brought near.
 
 Bias correction (`bias.py`) does this for the means alone, and learned rounding (`rounding.py`) for
 the errors of the kernel itself.
@@ -24,18 +25,19 @@ import numpy as np
 
 from .boundaries import boundaries, keeps_units, quantized_tensor
 from .build import build_model, in_float32
+from .folding import same_padding
 from .graph import Graph, Node, is_projection, kernel_owner
 from .lowering import dequantized_kernel
-from .params import kernel_scales
-from .rounding import round_kernel
+from .rounding import kernel_of, kernel_rows, round_kernel, row_steps
 
 # Parts of the inputs' mean variance that are tried as what is added to every variance: directions
-# that the photographs hardly show then keep their weights. With the last one, all do.
-DAMPINGS = (*np.geomspace(1e-3, 10, 9), np.inf)
+# that the photographs hardly show then keep their weights. With the first one, all do.
+DAMPINGS = (np.inf, *np.geomspace(10, 1e-3, 9))
+LEAST_VARIANCE = 1e-12
 # Groups of images by which the damping is chosen.
 GROUPS = 4
-# Places of one image that are looked at, at most.
-PLACES_PER_IMAGE = 196
+# Places of one image that are looked at, at most, by kind of kernel: few weights need few.
+PLACES_PER_IMAGE = {"conv": 196, "depthwise": 64}
 # Bytes of the tensors at one boundary that are kept; of more images every second one, third one ...
 # is left out.
 BYTES_KEPT = 2**31
@@ -45,7 +47,7 @@ BYTES_KEPT = 2**31
 def reconstruct_kernels(
     teacher: Graph, graph: Graph, batches: Iterable[np.ndarray], verbose: bool
 ) -> None:
-    """Fits the projections of a graph to the outputs of the float model, in place.
+    """Fits kernels of a graph to the outputs of the float model, in place.
 
     Args:
         teacher: The float graph, folded.
@@ -54,8 +56,8 @@ def reconstruct_kernels(
         batches: Calibration images; they are iterated twice.
         verbose: Whether to show progress.
     """
-    projections = reconstructed(teacher, graph)
-    if not projections:
+    layers = reconstructed(teacher, graph)
+    if not layers:
         return
     models = [
         build_model(teacher, quantized=False, observed=teacher.outputs),
@@ -63,17 +65,16 @@ def reconstruct_kernels(
     ]
     tapes = _Tapes(models, boundaries(teacher, graph), batches)
     place = {node.name: number for number, node in enumerate(teacher)}
-    progress = keras.utils.Progbar(
-        len(projections), verbose=1 if verbose else 0, unit_name="projection"
-    )
-    for name, owner in projections.items():
+    progress = keras.utils.Progbar(len(layers), verbose=1 if verbose else 0, unit_name="kernel")
+    for name, owner in layers.items():
         tapes.advance([end for end in tapes.ahead if place[end] < place[name]])
         sides = graph.applications(owner)
-        fit = _Regression()
+        fit = _Regression(graph[owner])
+        divisors = graph[owner].weights.get("divisors", np.float32(1))
         for outputs, *inputs in tapes.run([name], [side.inputs[0] for side in sides]):
             # A kernel that is applied to both sides of a tensor meets their sum.
-            fit.add(reduce(add, inputs), outputs)
-        kernel, bias = fit.solve(graph[owner])
+            fit.add(reduce(add, inputs), outputs / divisors)
+        kernel, bias = fit.solve()
         # Each side adds the bias.
         fitted = {"kernel": kernel, "bias": (bias / len(sides)).astype(np.float32)}
         for side in sides:
@@ -85,19 +86,26 @@ def reconstruct_kernels(
 def reconstructed(teacher: Graph, graph: Graph) -> dict[str, str]:
     """Returns the convolutions of the float graph that are fitted, and the owners of their kernels.
 
-    Those are 1 x 1 convolutions without activation whose output has the same units in both graphs.
+    Those are depthwise convolutions, and 1 x 1 convolutions whose output has the same units in both
+    graphs, without activation.
     """
     found = {}
     for node in teacher:
-        if node.name not in graph.nodes or not keeps_units(teacher, node.name):
+        if node.name not in graph.nodes or not _is_fitted(teacher, node):
             continue
         twin = graph[node.name]
-        # The sum of both sides, where the projection was split.
+        # The sum of both sides, where a projection was split.
         parts = [graph[name] for name in twin.inputs] if twin.op == "add" else [twin]
         owners = {kernel_owner(part) for part in parts}
-        if len(owners) == 1 and all(is_projection(part) for part in (node, *parts)):
+        if len(owners) == 1:
             found[node.name] = owners.pop()
     return found
+
+
+def _is_fitted(teacher: Graph, node: Node) -> bool:
+    if node.op == "depthwise":
+        return node.attrs["activation"] == "linear" and not node.is_float
+    return is_projection(node) and keeps_units(teacher, node.name)
 
 
 class _Tapes:
@@ -127,8 +135,12 @@ class _Tapes:
 
     def run(self, teachers: list[str], students: list[str]):
         """Yields the tensors of the float model and then those of the quantized one, by batch."""
+        # Keras takes no input of a model as its output; a layer may read the boundary itself.
+        same = keras.layers.Identity()
         parts = [
-            keras.Model(self._tensor(which, self.start), [self._tensor(which, n) for n in names])
+            keras.Model(
+                self._tensor(which, self.start), [same(self._tensor(which, name)) for name in names]
+            )
             for which, names in enumerate((teachers, students))
         ]
         for part in parts:
@@ -149,100 +161,148 @@ class _Tapes:
 
 
 class _Moments:
-    """Sums over rows of inputs and outputs, and over their products, about a fixed offset."""
+    """Sums over rows of inputs and outputs, and over their products, about a fixed offset.
 
-    def __init__(self, size: int):
-        self.rows, self.sum, self.products = 0, np.zeros(size), np.zeros((size, size))
+    All arrays have a leading axis of sets (`_Regression`).
+    """
+
+    def __init__(self, sets: int, size: int):
+        self.rows, self.sum, self.products = 0, np.zeros((sets, size)), np.zeros((sets, size, size))
 
     def add(self, rows: np.ndarray) -> None:
-        """Adds rows, shape (rows, size)."""
-        self.rows += len(rows)
-        self.sum += rows.sum(axis=0)
-        self.products += rows.T @ rows
+        """Adds rows, shape (sets, size, rows)."""
+        self.rows += rows.shape[2]
+        self.sum += rows.sum(axis=2)
+        self.products += rows @ rows.swapaxes(1, 2)
 
     def __add__(self, other: "_Moments") -> "_Moments":
-        total = _Moments(len(self.sum))
+        total = _Moments(*self.sum.shape)
         total.rows = self.rows + other.rows
         total.sum, total.products = self.sum + other.sum, self.products + other.products
         return total
 
     def covariance(self) -> np.ndarray:
-        """Returns the covariance of inputs and outputs."""
+        """Returns the covariances of inputs and outputs."""
         mean = self.sum / self.rows
-        return self.products / self.rows - np.outer(mean, mean)
+        return self.products / self.rows - mean[:, :, None] * mean[:, None, :]
 
     def bias(self, kernel: np.ndarray) -> np.ndarray:
-        """Returns the bias that goes with a kernel: it leaves the mean error 0."""
-        inputs, outputs = np.split(self.sum / self.rows, [len(kernel)])
-        return outputs - inputs @ kernel
+        """Returns the bias, (sets, outputs), of a kernel: it leaves the mean error 0."""
+        inputs, outputs = np.split(self.sum / self.rows, [kernel.shape[1]], axis=1)
+        return outputs - _products(inputs, kernel)
 
-    def error(self, kernel: np.ndarray, bias: np.ndarray) -> float:
-        """Returns the mean squared error of a row's outputs, summed over the channels."""
-        weights = np.concatenate([-kernel, np.eye(len(bias))])
-        linear = self.sum / self.rows @ weights
-        quadratic = np.sum(weights * (self.products / self.rows @ weights))
-        return float(quadratic - 2 * linear @ bias + bias @ bias)
+    def error(self, kernel: np.ndarray, bias: np.ndarray) -> np.ndarray:
+        """Returns the mean squared errors of the outputs of a row, summed in each set."""
+        outputs = np.broadcast_to(np.eye(kernel.shape[2]), (len(kernel), *kernel.shape[2:] * 2))
+        weights = np.concatenate([-kernel, outputs], axis=1)
+        linear = _products(self.sum / self.rows, weights)
+        quadratic = np.sum(weights * (self.products / self.rows @ weights), axis=(1, 2))
+        return quadratic - 2 * np.sum(linear * bias, axis=1) + np.sum(bias**2, axis=1)
+
+
+def _products(rows: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Returns the products of one row of each set, (sets, size), with the kernel of the set."""
+    return (rows[:, None, :] @ kernel)[:, 0]
 
 
 class _Regression:
-    """A damped linear regression of outputs on inputs, from moments of groups of images.
+    """A damped linear regression of a layer's outputs on its inputs, from groups of images.
+
+    A projection has one set of inputs for all of its outputs, a depthwise kernel has one for each.
 
     How much damping is best depends on the number of images, on their variety and on the noise. It
-    is found by cross-validation: each group is predicted from all others.
+    is found for each set by cross-validation: each group is predicted from all others.
     """
 
-    def __init__(self):
+    def __init__(self, node: Node):
+        self.node = node
         self.groups: list[_Moments] = []
         self.offset = None
         self.generator = np.random.default_rng(0)
 
     def add(self, inputs: np.ndarray, outputs: np.ndarray) -> None:
-        """Adds a batch, shapes (images, ..., channels)."""
-        both = np.concatenate([inputs, outputs], axis=-1)
-        rows = both.reshape(len(both), -1, both.shape[-1])
-        if rows.shape[1] > PLACES_PER_IMAGE:
-            chosen = self.generator.choice(rows.shape[1], PLACES_PER_IMAGE, replace=False)
-            rows = rows[:, np.sort(chosen)]
-        rows = rows.astype(np.float64)
-        if self.offset is None:
-            # About a mean: a variance that is small beside its mean would be lost.
-            self.offset = rows.mean(axis=(0, 1))
-            self.groups = [_Moments(rows.shape[-1]) for _ in range(GROUPS)]
-        for image in rows - self.offset:
-            min(self.groups, key=lambda group: group.rows).add(image)
+        """Adds a batch, shapes (images, rows, columns, channels)."""
+        places = np.arange(int(np.prod(outputs.shape[1:3])))
+        most = PLACES_PER_IMAGE[self.node.op]
+        if len(places) > most:
+            places = np.sort(self.generator.choice(places, most, replace=False))
+        for image in zip(inputs, outputs, strict=True):
+            rows = np.concatenate(_rows(self.node, *image, places), axis=1, dtype=np.float64)
+            if self.offset is None:
+                # About a mean: a variance that is small beside its mean would be lost.
+                self.offset = rows.mean(axis=2)
+                self.groups = [_Moments(*self.offset.shape) for _ in range(GROUPS)]
+            group = min(self.groups, key=lambda group: group.rows)
+            group.add(rows - self.offset[:, :, None])
 
-    def solve(self, node: Node) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the kernel and the bias that fit best, near those of a node, the kernel rounded.
+    def solve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the kernel and the bias that fit best near those of the node, the kernel rounded.
 
-        Where the limits of the kernel are too narrow for a better one, the bias alone is new.
+        Where the limits of a kernel are too narrow for a better one, the bias alone is new.
         """
-        given = node.weights["kernel"][0, 0].astype(np.float64)
+        node = self.node
+        given, before = (
+            kernel_rows(node, kernel).swapaxes(1, 2)
+            for kernel in (node.weights["kernel"], dequantized_kernel(node))
+        )
+        sets, size, _ = given.shape
         groups = [group for group in self.groups if group.rows]
-        errors = np.zeros(len(DAMPINGS))
+        errors = np.zeros((len(DAMPINGS), sets))
+        # One image alone tells nothing of others.
         for held in groups if len(groups) > 1 else ():
             others = reduce(add, (group for group in groups if group is not held))
             fits = self._fits(others, given)
             errors += [held.error(kernel, others.bias(kernel)) for kernel in fits]
         whole = reduce(add, groups)
-        # One image alone tells nothing of others.
-        best = int(np.argmin(errors)) if errors.any() else len(DAMPINGS) - 1
-        kernel = list(self._fits(whole, given))[best]
-        scales = np.broadcast_to(kernel_scales(node.weights["limits"]), kernel.shape[1:])
-        covariance = whole.covariance()[: len(kernel), : len(kernel)]
-        integers = round_kernel(kernel.T[None], scales[None], covariance[None])
-        kernels = integers[0].T * scales, dequantized_kernel(node)[0, 0]
-        kernel = min(kernels, key=lambda kernel: whole.error(kernel, whole.bias(kernel)))
-        inputs, outputs = np.split(self.offset, [len(kernel)])
-        bias = whole.bias(kernel) + outputs - inputs @ kernel
-        return kernel[None, None].astype(np.float32), bias
+        fits = np.stack(list(self._fits(whole, given)))
+        kernel = fits[errors.argmin(axis=0), np.arange(sets)]
+        scales = row_steps(node)
+        covariance = whole.covariance()[:, :size, :size]
+        integers = round_kernel(kernel.swapaxes(1, 2), scales, covariance)
+        kernel = integers.swapaxes(1, 2) * scales[:, None, :]
+        better, worse = (whole.error(kept, whole.bias(kept)) for kept in (kernel, before))
+        kernel = np.where((better <= worse)[:, None, None], kernel, before)
+        inputs, outputs = np.split(self.offset, [size], axis=1)
+        bias = whole.bias(kernel) + outputs - _products(inputs, kernel)
+        return kernel_of(node, kernel.swapaxes(1, 2)), bias.reshape(-1)
 
     def _fits(self, moments: _Moments, kernel: np.ndarray):
-        """Yields the kernel for each damping."""
-        size = len(kernel)
+        """Yields the kernels, shape (sets, size, outputs), for each damping."""
+        size = kernel.shape[1]
         covariance = moments.covariance()
-        inputs = covariance[:size, :size]
+        inputs = covariance[:, :size, :size]
         variances, directions = np.linalg.eigh(inputs)
-        missing = directions.T @ (covariance[:size, size:] - inputs @ kernel)
+        missing = directions.swapaxes(1, 2) @ (covariance[:, :size, size:] - inputs @ kernel)
+        mean = np.maximum(variances.mean(axis=1, keepdims=True), LEAST_VARIANCE)
         for damping in DAMPINGS:
-            damped = np.maximum(variances, 0) + max(damping * np.diag(inputs).mean(), 1e-12)
-            yield kernel + directions @ (missing / damped[:, None])
+            damped = np.maximum(variances, 0) + np.maximum(damping * mean, LEAST_VARIANCE)
+            yield kernel + directions @ (missing / damped[:, :, None])
+
+
+def _rows(node: Node, inputs: np.ndarray, outputs: np.ndarray, places: np.ndarray):
+    """Returns what the weights of a kernel meet at places, and the outputs there.
+
+    Args:
+        node: A 1 x 1 convolution or a depthwise one.
+        inputs: One image, shape (rows, columns, channels).
+        outputs: Likewise.
+        places: Places of the outputs, counted row by row.
+
+    Returns:
+        Shapes (sets, size, places) and (sets, outputs of a set, places).
+    """
+    outputs = outputs.reshape(-1, outputs.shape[-1]).T[:, places]
+    if node.op != "depthwise":
+        return inputs.reshape(-1, inputs.shape[-1]).T[None, :, places], outputs[None]
+    kernel_size = node.weights["kernel"].shape[:2]
+    strides, dilation = node.attrs["strides"], node.attrs["dilation"]
+    if node.attrs["padding"] == "same":
+        axes = zip(inputs.shape[:2], kernel_size, strides, dilation, strict=True)
+        inputs = np.pad(inputs, [*(same_padding(*axis) for axis in axes), (0, 0)])
+    channels = np.ascontiguousarray(np.moveaxis(inputs, 2, 0))
+    top, left = np.divmod(places, node.shape[1])
+    taps = [
+        channels[:, top * strides[0] + row * dilation[0], left * strides[1] + column * dilation[1]]
+        for row, column in np.ndindex(kernel_size)
+    ]
+    return np.stack(taps, axis=1), outputs[:, None]

@@ -211,9 +211,9 @@ def round_kernels(graph: Graph, covariances: dict[str, np.ndarray]) -> None:
     """
     for name, covariance in covariances.items():
         node = graph[name]
-        rows, scales = _rows(node), _steps(node)
+        rows, scales = kernel_rows(node, node.weights["kernel"]), row_steps(node)
         integers = round_kernel(rows, scales, covariance)
-        kernel = _kernel(node, integers * scales[:, :, None])
+        kernel = kernel_of(node, integers * scales[:, :, None])
         for other in graph.applications(name):
             other.weights["kernel"] = kernel
 
@@ -223,16 +223,16 @@ def _is_covered(node: Node) -> bool:
     return is_own and not node.is_float and node.attrs.get("groups", 1) == 1
 
 
-def _steps(node: Node) -> np.ndarray:
+def row_steps(node: Node) -> np.ndarray:
     """Returns the steps of the rows of a kernel, shape (sets, rows)."""
-    sets, rows, _ = _rows(node).shape
+    sets, rows, _ = kernel_rows(node, node.weights["kernel"]).shape
     scales = kernel_scales(node.weights["limits"]).astype(np.float64)
     return np.broadcast_to(scales, sets * rows).reshape(sets, rows)
 
 
-def _rows(node: Node) -> np.ndarray:
-    """Returns the weights of a kernel in the order of its patches, (sets, rows, size)."""
-    kernel = node.weights["kernel"].astype(np.float64)
+def kernel_rows(node: Node, kernel: np.ndarray) -> np.ndarray:
+    """Returns a kernel of a node in the order of its patches, (sets, rows, size), as float64."""
+    kernel = kernel.astype(np.float64)
     if node.op == "dense":
         return kernel.T[None]
     if node.op == "depthwise":
@@ -240,7 +240,7 @@ def _rows(node: Node) -> np.ndarray:
     return kernel.reshape(-1, kernel.shape[3]).T[None]
 
 
-def _kernel(node: Node, rows: np.ndarray) -> np.ndarray:
-    """Returns rows in the shape of the kernel of a node."""
+def kernel_of(node: Node, rows: np.ndarray) -> np.ndarray:
+    """Returns rows in the shape of the kernel of a node, as float32."""
     columns = rows[:, 0, :].T if node.op == "depthwise" else rows[0].T
     return columns.reshape(node.weights["kernel"].shape).astype(np.float32)
