@@ -67,11 +67,11 @@ def reconstruct_kernels(
     place = {node.name: number for number, node in enumerate(teacher)}
     progress = keras.utils.Progbar(len(layers), verbose=1 if verbose else 0, unit_name="kernel")
     for name, owner in layers.items():
-        tapes.advance([end for end in tapes.ahead if place[end] < place[name]])
+        passed = [end for end in tapes.ahead if place[end] < place[name]]
         sides = graph.applications(owner)
         fit = _Regression(graph[owner])
         divisors = graph[owner].weights.get("divisors", np.float32(1))
-        for outputs, *inputs in tapes.run([name], [side.inputs[0] for side in sides]):
+        for outputs, *inputs in tapes.run([name], [side.inputs[0] for side in sides], passed):
             # A kernel that is applied to both sides of a tensor meets their sum.
             fit.add(reduce(add, inputs), outputs / divisors)
         kernel, bias = fit.solve()
@@ -124,22 +124,18 @@ class _Tapes:
         stride = -(-images * 2 * 4 * largest // BYTES_KEPT)
         self.kept = [[batch, batch] for batch in itertools.islice(batches, 0, None, stride)]
 
-    def advance(self, passed: list[str]) -> None:
-        """Moves to the last of the boundaries that were passed."""
-        if not passed:
-            return
-        end = passed[-1]
-        for batch, outputs in zip(self.kept, self.run([end], [end]), strict=True):
-            batch[:] = outputs
-        self.start, self.ahead = end, self.ahead[len(passed) :]
+    def run(self, teachers: list[str], students: list[str], passed: list[str]):
+        """Yields the tensors of the float model and then those of the quantized one, by batch.
 
-    def run(self, teachers: list[str], students: list[str]):
-        """Yields the tensors of the float model and then those of the quantized one, by batch."""
+        On the way it moves to the last of the boundaries ahead that were passed.
+        """
+        ends = passed[-1:]
         # Keras takes no input of a model as its output; a layer may read the boundary itself.
         same = keras.layers.Identity()
         parts = [
             keras.Model(
-                self._tensor(which, self.start), [same(self._tensor(which, name)) for name in names]
+                self._tensor(which, self.start),
+                [same(self._tensor(which, name)) for name in [*ends, *names]],
             )
             for which, names in enumerate((teachers, students))
         ]
@@ -147,11 +143,15 @@ class _Tapes:
             # Each runs but once over few batches: compiling it would take longer.
             part.run_eagerly = True
         for batch in self.kept:
-            outputs = [
-                part.predict_on_batch(values) for part, values in zip(parts, batch, strict=True)
-            ]
             # A single output comes without its list.
-            yield [np.asarray(value) for value in keras.tree.flatten(outputs)]
+            outputs = [
+                keras.tree.flatten(part.predict_on_batch(values))
+                for part, values in zip(parts, batch, strict=True)
+            ]
+            if ends:
+                batch[:] = [own.pop(0) for own in outputs]
+            yield [np.asarray(value) for own in outputs for value in own]
+        self.start, self.ahead = (ends or [self.start])[0], self.ahead[len(passed) :]
 
     def _tensor(self, which, name):
         model = self.models[which]

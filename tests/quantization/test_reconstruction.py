@@ -340,7 +340,9 @@ def test_each_model_goes_on_from_its_own_tensors(model, clipped):
     models = [build_model(teacher, quantized=False), build_model(graph, quantized=True)]
     tapes = _Tapes(models, boundaries(teacher, graph), [values(4), values(4, seed=1)])
     assert tapes.ahead == ["project_1", "project_2"]
-    tapes.advance(["project_1"])
+    first = list(tapes.run(["project_1"], ["project_1"], []))
+    assert (tapes.start, tapes.ahead) == (None, ["project_1", "project_2"])
+    found = list(tapes.run(["project_2"], ["project_2"], ["project_1"]))
     assert (tapes.start, tapes.ahead) == ("project_1", ["project_2"])
     tensors = [models[0].get_layer(name).output for name in ("project_1", "project_2")]
     tensors += [quantized_tensor(models[1], name) for name in ("project_1", "project_2")]
@@ -354,11 +356,14 @@ def test_each_model_goes_on_from_its_own_tensors(model, clipped):
     for kept, exact in zip(tapes.kept, expected, strict=True):
         np.testing.assert_allclose(kept[0], exact[0], atol=1e-5)
         np.testing.assert_allclose(kept[1], exact[2], atol=1e-5)
-    for found, exact in zip(tapes.run(["project_2"], ["project_2"]), expected, strict=True):
-        np.testing.assert_allclose(found[0], exact[1], atol=1e-5)
-        # A value near a half of a step may be rounded the other way.
-        assert np.mean(np.abs(found[1] - exact[3]) > 1e-5) < 0.01
-        assert np.mean(np.abs(found[0] - found[1])) > 1e-3
+    # From the images, and from the boundary on.
+    for runs in (found, list(tapes.run(["project_2"], ["project_2"], []))):
+        for each, exact in zip(runs, expected, strict=True):
+            np.testing.assert_allclose(each[0], exact[1], atol=1e-5)
+            # A value near a half of a step may be rounded the other way.
+            assert np.mean(np.abs(each[1] - exact[3]) > 1e-5) < 0.01
+            assert np.mean(np.abs(each[0] - each[1])) > 1e-3
+    np.testing.assert_allclose(first[1][0], expected[1][0], atol=1e-5)
 
 
 def test_of_many_images_every_nth_batch_is_kept(model, monkeypatch):
