@@ -13,7 +13,7 @@ import difflib
 import os
 import sys
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -219,6 +219,7 @@ def open_images(
     samples: int | None = None,
     seed: int = 0,
     strict: bool = False,
+    exclude: Collection[str | os.PathLike] = (),
 ) -> ImageDataset:
     """Opens a set of images for calibration or evaluation.
 
@@ -256,6 +257,8 @@ def open_images(
         seed: Of that choice.
         strict: Whether a file that cannot be read is an error. Otherwise it is left out and
             stands in `skipped`; another one is drawn in its place.
+        exclude: Files that are left out, before any is drawn, whatever path leads to them. Of
+            arrays and datasets nothing is.
 
     Returns:
         The images, in the alphabetical order of their folders and files, or in the order of the
@@ -264,9 +267,10 @@ def open_images(
     Raises:
         FileNotFoundError: If `source` is a path to nothing.
         TypeError: If `source` is of another kind, or holds no numbers.
-        ValueError: If the source holds no images; if folders or labels do not belong to the
-            model's classes; if arrays have another size, range or number of labels; if no file
-            (with `strict`: not every file) can be read; or if an argument is out of its range.
+        ValueError: If the source holds no images, or none but those excluded; if folders or labels
+            do not belong to the model's classes; if arrays have another size, range or number of
+            labels; if no file (with `strict`: not every file) can be read; or if an argument is out
+            of its range.
     """
     check_crop(size, crop)
     size = tuple(int(side) for side in size)
@@ -295,7 +299,14 @@ def open_images(
     class_indices = _check_labels(opened.labels, opened.count, classes)
 
     order = _draw_order(opened.count, class_indices, samples, seed)
-    chosen, problems = _first_usable(order, samples or opened.count, opened.problem)
+    if exclude and opened.paths is not None:
+        excluded = {Path(path).resolve() for path in exclude}
+        order = order[[opened.paths[index].resolve() not in excluded for index in order]]
+        if not len(order):
+            raise ValueError(
+                f"All {opened.count} images of {str(source)!r} are excluded. Add others."
+            )
+    chosen, problems = _first_usable(order, samples or len(order), opened.problem)
     skipped = tuple(sorted(Skipped(opened.paths[i], reason) for i, reason in problems.items()))
     if skipped and (strict or not len(chosen)):
         raise ValueError(

@@ -679,6 +679,20 @@ def test_samples_of_unlabelled_images(images):
     np.testing.assert_array_equal(images_of(opened(images, samples=4)), images_of(dataset))
 
 
+def test_excluded_files_are_left_out_before_any_is_drawn(folder):
+    everything = opened(folder).paths
+    excluded = [everything[0].parent / ".." / path.parent.name / path.name for path in everything]
+    left = opened(folder, exclude=excluded[1:6:2])
+    assert left.paths == tuple(everything[i] for i in (0, 2, 4, 6, 7, 8))
+    assert len(left.labels) == len(left) == len(images_of(left)) == 6
+    drawn = opened(folder, exclude=excluded[1:6:2], samples=6)
+    assert drawn.paths == left.paths
+    with pytest.raises(ValueError, match="All 9 images of .* are excluded"):
+        opened(folder, exclude=excluded)
+    arrays = np.random.default_rng(0).integers(0, 256, (4, *left.size, 3), np.uint8)
+    assert len(opened(arrays, exclude=excluded)) == 4
+
+
 def test_more_samples_than_images(folder):
     assert len(opened(folder, samples=100)) == 9
 

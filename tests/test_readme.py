@@ -107,7 +107,10 @@ def test_int8(small):
     names = execute(snippet("quantize_model"), model=small)
     assert Path("flowers_int8.keras").exists()
     assert read_tflite("flowers_int8.tflite").inner_floats == ()
+    for index in range(4):
+        Image.open(f"flowers/{index}.jpg").rotate(180).save(f"flowers/more{index}.jpg")
     names = execute(snippet("distill("), **names)
+    assert len(names["images"]) == 4
     assert names["result"].after <= names["result"].before
     assert read_tflite("flowers_qat.tflite").inner_floats == ()
 

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -663,8 +663,9 @@ def open_images_of(
     args: argparse.Namespace,
     source: Source,
     labels: Labels | None = None,
+    exclude: Collection[Path] = (),
 ) -> ImageDataset | None:
-    """Opens images; with `labels`, or without any class names, for evaluation."""
+    """Opens images but those excluded; with `labels`, or without class names, for evaluation."""
     from keras_effnet.data import open_images
 
     if path is None:
@@ -680,6 +681,7 @@ def open_images_of(
         samples=samples,
         seed=args.seed,
         strict=args.strict,
+        exclude=exclude,
     )
     for file, reason in images.skipped:
         common.say(f"skipped {file}: {reason}")

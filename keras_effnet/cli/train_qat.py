@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--calibration-data",
         metavar="PATH",
-        help="typical images, labelled or not (default: the training images)",
+        help="typical images, labelled or not (default: the training images); those by which the "
+        "best state is chosen are left out",
     )
     images.add_argument(
         "--calibration-samples",
@@ -239,8 +241,10 @@ def run(args: argparse.Namespace) -> None:
     kind = _Distilled if args.distill else _Labelled
     job = kind(args, source, quantization, seconds, replicas)
     with common.stage("images", "Opening images …", seconds):
-        calibration = job.open(args.calibration_data or args.train_data, args.calibration_samples)
         job.open_all()
+        # PTQ is fitted to the calibration images, so it would seem better on them than it is.
+        source_of_calibration = args.calibration_data or args.train_data
+        calibration = job.open(source_of_calibration, args.calibration_samples, job.held_back())
     folder = train.open_run(args, job.settings(), replicas)
     quantized = _quantize(args, source, calibration, quantization, folder, seconds, replicas)
     with common.stage("training", "Training the quantized model …", seconds):
@@ -277,6 +281,13 @@ def _check(args: argparse.Namespace) -> None:
         path = getattr(args, name)
         if path is not None and not Path(path).exists():
             raise UsageError(f"--{name.replace('_', '-')}: there is no {path!r}.")
+    if args.calibration_data is not None and args.validation_data is not None:
+        if Path(args.calibration_data).resolve() == Path(args.validation_data).resolve():
+            raise UsageError(
+                "--calibration-data and --validation-data must differ: on its calibration images "
+                "PTQ seems better than it is, and the validation images tell whether to keep it. "
+                f"Received: {args.calibration_data!r} for both"
+            )
     if args.freeze_ranges_after is not None:
         if args.training_ranges != "moving_average":
             raise UsageError("--freeze-ranges-after belongs to --training-ranges moving_average.")
@@ -346,13 +357,15 @@ class _Job:
         self.seconds, self.replicas = seconds, replicas
         self.warnings: list[str] = []
 
-    def open(self, path: str, samples: int | None = None) -> ImageDataset:
+    def open(
+        self, path: str, samples: int | None = None, exclude: Collection[Path] = ()
+    ) -> ImageDataset:
         """Opens images in the scale of the model's input."""
         from keras_effnet.data import read_labels
 
         args = self.args
         labels = None if args.labels is None else common.checked(read_labels, args.labels)
-        return exporting.open_images_of(path, samples, args, self.source, labels)
+        return exporting.open_images_of(path, samples, args, self.source, labels, exclude)
 
     def _told(self) -> dict[str, Any]:
         args = self.args
@@ -371,6 +384,10 @@ class _Job:
 
 
 class _Labelled(_Job):
+    def held_back(self) -> list[Path]:
+        """Returns the files by which the best state is chosen."""
+        return self.validation.paths
+
     def open_all(self) -> None:
         args, source = self.args, self.source
         self.config = common.checked(
@@ -475,6 +492,13 @@ class _Labelled(_Job):
 
 
 class _Distilled(_Job):
+    def held_back(self) -> list[Path]:
+        """Returns the files by which the best state is chosen."""
+        from keras_effnet.quantization.distillation import held_back
+
+        paths = self.training.paths
+        return [paths[i] for i in held_back(len(paths), self.config)] if paths else []
+
     def open_all(self) -> None:
         args = self.args
         self.config: DistillationConfig = common.checked(self._config)

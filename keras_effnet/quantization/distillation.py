@@ -55,6 +55,8 @@ class DistillationConfig:
         feature_weight: Weight of the squared error of the features at the end of each stage,
             relative to their energy, beside the divergence of the classes; 0 or more.
         validation_share: Share of the images that is held back to choose the best state, in (0, 1).
+            Do not calibrate on them (`distillation.held_back`): the start, which is fitted to
+            the calibration images, would seem better than it is.
             With `flip` their mirror images are measured too, with `mixup` also their blends.
         patience: Epochs without improvement until training stops, at least 1.
         shift: Most pixels by which an image is moved (edges repeat), at least 0.
@@ -178,19 +180,29 @@ def distill(
     images = np.concatenate([_compact(batch) for batch in batches])
     fold(teacher)
     student = read_quantized(quantized_model)
-    rng = np.random.default_rng(config.seed)
-    order = rng.permutation(len(images))
-    held = min(len(images) - 1, max(1, round(config.validation_share * len(images))))
+    held, used, rng = _split(len(images), config)
     begun = {
         "config": dataclasses.asdict(config),
         "float_model": _fingerprint(*float_model.get_weights()),
         "quantized_model": _fingerprint(*quantized_model.get_weights()),
         "images": _fingerprint(images),
     }
-    run = _Run(teacher, student, quantized_model, images, order[:held], order[held:], config, rng)
+    run = _Run(teacher, student, quantized_model, images, held, used, config, rng)
     run.keep_in(checkpoint, begun)
     with without_dropout(quantized_model):
         return run.train(verbose)
+
+
+def held_back(count: int, config: DistillationConfig) -> np.ndarray:
+    """Returns the numbers of the images, of `count`, that `distill` holds back."""
+    return _split(count, config)[0]
+
+
+def _split(count, config):
+    rng = np.random.default_rng(config.seed)
+    order = rng.permutation(count)
+    held = min(count - 1, max(1, round(config.validation_share * count)))
+    return order[:held], order[held:], rng
 
 
 def _check_shapes(float_model, quantized_model):

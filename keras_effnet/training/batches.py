@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -87,6 +88,12 @@ class Images:
     def size(self) -> tuple[int, int]:
         """`(height, width)` in pixels."""
         return self.dataset.size
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files of the images; none if they come from an array."""
+        paths = self.dataset.paths
+        return [] if paths is None else [paths[index] for index in self.indices]
 
     def name(self, number: int) -> str:
         """Path of an image, or its number in the array it comes from."""

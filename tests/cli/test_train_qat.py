@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from two_workers import tf_configs
 
-from keras_effnet.cli import main
+from keras_effnet.cli import exporting, main
 from keras_effnet.export import TFLiteRunner, read_tflite
 from keras_effnet.quantization import (
     DistillationConfig,
@@ -18,7 +18,7 @@ from keras_effnet.quantization import (
     is_quantized,
     quantize_model,
 )
-from keras_effnet.training import Replicas
+from keras_effnet.training import Images, Replicas
 from keras_effnet.training.loop import CHECKPOINT
 
 
@@ -78,6 +78,10 @@ def report_of(tmp_path):
     ("changes", "message"),
     [
         ({"keras_model": "none.keras"}, "--keras-model: there is no 'none.keras'"),
+        (
+            {"calibration_data": ".", "validation_data": os.curdir + os.sep},
+            "--calibration-data and --validation-data must differ",
+        ),
         ({"weights": "none"}, "--weights belongs to --model"),
         ({"keras_model": None, "model": "EfficientNetTiny", "weights": "none"}, "Random weights"),
         ({"train_data": None}, "--train-data is needed"),
@@ -269,6 +273,35 @@ def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys)
     found.clear()
     run(distill=True, epochs=None, batch_size=None, overwrite=True, corrections="none")
     assert found == [(DistillationConfig(), 12, 2)]
+
+
+@pytest.mark.parametrize("distill", [None, True], ids=["labels", "distilled"])
+def test_calibration_leaves_out_the_images_that_choose_the_best_state(
+    distill, run, photographs, monkeypatch
+):
+    calibrated, validation = [], []
+    split = Images.split
+
+    def noted(self, *args):
+        parts = split(self, *args)
+        validation.extend(parts[1].paths)
+        return parts
+
+    def calibration(images, batch_size):
+        calibrated.extend(images.paths)
+        raise RuntimeError("stop")
+
+    monkeypatch.setattr(Images, "split", noted)
+    monkeypatch.setattr(exporting, "Calibration", calibration)
+    # The same folder by another path.
+    given = {"calibration_data": photographs / "red" / "..", "calibration_samples": 100}
+    assert run(distill=distill, **given) == 1
+    files = sorted(photographs.rglob("*.jpg"))
+    if distill:
+        validation = [files[i] for i in distillation.held_back(12, DistillationConfig())]
+    kept = [path.resolve() for path in calibrated]
+    assert 0 < len(validation) < 12
+    assert kept == [path.resolve() for path in files if path not in validation]
 
 
 # Sums over a batch are taken in another order, in float32.

@@ -69,6 +69,28 @@ def disturbed(model):
     return copy
 
 
+def test_held_back_images_are_those_of_the_distillation(monkeypatch):
+    found = []
+
+    def run(teacher, student, model, images, held, used, config, rng):
+        found.append((images[held], images[used]))
+        raise RuntimeError("stop")
+
+    model = functional(8, lambda x: keras.layers.Conv2D(4, 3, activation="relu")(x))
+    images = pixels(10, 8)
+    quantized = quantize_model(model, images, QuantizationConfig(corrections=()), verbose=False)
+    monkeypatch.setattr(distillation, "_Run", run)
+    config = DistillationConfig(validation_share=0.3, seed=5)
+    with pytest.raises(RuntimeError, match="stop"):
+        distill(model, quantized, images, config)
+    held = distillation.held_back(10, config)
+    np.testing.assert_array_equal(found[0][0], images[held])
+    assert len(held) == 3 and len(found[0][1]) == 7
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(found[0]).sum(axis=(1, 2, 3))), np.sort(images.sum(axis=(1, 2, 3)))
+    )
+
+
 @pytest.mark.parametrize(
     "options",
     [
