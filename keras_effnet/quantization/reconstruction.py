@@ -33,6 +33,7 @@ from .rounding import kernel_of, kernel_rows, round_kernel, row_steps
 # Parts of the inputs' mean variance that are tried as what is added to every variance: directions
 # that the photographs hardly show then keep their weights. With the first one, all do.
 DAMPINGS = (np.inf, *np.geomspace(10, 1e-3, 9))
+# Taken for the variance of what is constant.
 LEAST_VARIANCE = 1e-12
 # Groups of images by which the damping is chosen.
 GROUPS = 4
@@ -260,8 +261,8 @@ class _Regression:
         covariance = whole.covariance()[:, :size, :size]
         integers = round_kernel(kernel.swapaxes(1, 2), scales, covariance)
         kernel = integers.swapaxes(1, 2) * scales[:, None, :]
-        better, worse = (whole.error(kept, whole.bias(kept)) for kept in (kernel, before))
-        kernel = np.where((better <= worse)[:, None, None], kernel, before)
+        error, error_before = (whole.error(kept, whole.bias(kept)) for kept in (kernel, before))
+        kernel = np.where((error <= error_before)[:, None, None], kernel, before)
         inputs, outputs = np.split(self.offset, [size], axis=1)
         bias = whole.bias(kernel) + outputs - _products(inputs, kernel)
         return kernel_of(node, kernel.swapaxes(1, 2)), bias.reshape(-1)
