@@ -73,7 +73,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     images.add_argument(
         "--calibration-data",
         metavar="PATH",
-        help="typical images, labelled or not (default: the training images); those by which the "
+        help="typical images, labelled or not (default: the training images); files by which the "
         "best state is chosen are left out",
     )
     images.add_argument(

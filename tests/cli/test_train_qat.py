@@ -379,9 +379,7 @@ def test_several_devices_train_as_one(run, tmp_path):
 
 @pytest.mark.slow
 def test_processes_that_quantize_differently_are_stopped_before_the_training(run, tmp_path):
-    told = in_two_processes(
-        run, tmp_path, [{"calibration_samples": samples} for samples in (8, 5)]
-    )
+    told = in_two_processes(run, tmp_path, [{"calibration_samples": samples} for samples in (8, 5)])
     for text, code in told:
         assert code == 2, text[-3000:]
         assert text.splitlines()[-1].startswith("error: The 2 processes hold different models.")
