@@ -53,7 +53,7 @@ _NOT_BETTER = (
 # Only in training with labels.
 _OF_LABELS = {
     "label_smoothing": 0.0,
-    "teacher_weight": 0.95,
+    "teacher_weight": 0.99,
     "weight_decay": 0.0,
     "class_weights": "none",
     "warm_up": 0.1,
@@ -159,7 +159,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         type=float,
         help="of the divergence from the float model in the loss, beside the labels; with it the "
-        "files agree more with the float model, and dropout is left out (default: 0.95)",
+        "files agree more with the float model, and dropout is left out (default: 0.99)",
     )
     labelled.add_argument("--weight-decay", metavar="X", type=float, help="(default: 0)")
     labelled.add_argument("--warm-up", metavar="SHARE", type=float, help="(default: 0.1)")
@@ -256,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     settle(quantized)
     with common.stage("export", "Exporting to TFLite …", seconds):
         _export(source.model, quantized, folder)
-    # Each of several models is traced once or twice, which TensorFlow calls expensive.
+    # As in distillation.
     with common.stage("evaluation", "Evaluating in LiteRT …", seconds), loggers_muted("tensorflow"):
         scores = _evaluate(source.model, folder, job)
     _report(args, folder, scores, figures, job, quantization, seconds)
@@ -539,13 +539,15 @@ class _Distilled(_Job):
         }
 
     def train(self, quantized: keras.Model, folder: Path) -> dict[str, Any]:
+        from keras_effnet.export._console import loggers_muted
         from keras_effnet.quantization import distill
         from keras_effnet.training.loop import CHECKPOINT
 
         args = self.args
         images = exporting.Calibration(self.training, args.batch_size)
-        # Keras shows progress on stdout, which is for results.
-        with contextlib.redirect_stdout(sys.stderr):
+        # Keras shows progress on stdout, which is for results. Each of several models is traced
+        # once or twice, which TensorFlow calls expensive.
+        with contextlib.redirect_stdout(sys.stderr), loggers_muted("tensorflow"):
             result: Distillation = distill(
                 self.source.model,
                 quantized,
