@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import math
 import sys
 import tempfile
 from collections.abc import Collection
@@ -659,6 +660,18 @@ def _evaluate(model: keras.Model, folder: Path, job: _Job) -> tuple[Scores, ...]
     return tuple(predict_all(predictors, job.batches()).scores())
 
 
+def _is_worse(before: Scores, after: Scores) -> bool:
+    """Returns whether all figures fell: one alone may do so by a few images."""
+    pairs = [(before.agreement, after.agreement)]
+    if after.top1 is not None:
+        pairs.append((before.top1, after.top1))
+    # None: no noise at all.
+    pairs.append(
+        tuple(math.inf if each.sqnr_db is None else each.sqnr_db for each in (before, after))
+    )
+    return all(new < old for old, new in pairs)
+
+
 def _report(
     args: argparse.Namespace,
     folder: Path,
@@ -677,7 +690,7 @@ def _report(
         for file, score in zip(files, scores, strict=True)
     ]
     _, _, ptq, qat = scores
-    if qat.agreement < ptq.agreement and (qat.top1 is None or qat.top1 < ptq.top1):
+    if _is_worse(ptq, qat):
         job.warnings.append(
             "Training made the quantized model worse. Use the PTQ file, or train with a lower "
             "--learning-rate, or with --distill."

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from two_workers import tf_configs
 
-from keras_effnet.cli import exporting, main
-from keras_effnet.export import TFLiteRunner, read_tflite
+from keras_effnet.cli import exporting, main, train_qat
+from keras_effnet.export import Scores, TFLiteRunner, read_tflite
 from keras_effnet.quantization import (
     DistillationConfig,
     distillation,
@@ -240,6 +240,25 @@ def test_distillation_needs_no_labels_and_resumes(run, photographs, tmp_path, ca
     assert report_of(tmp_path)["training"]["distillation"] == told
     files = [(tmp_path / name / "qat.tflite").read_bytes() for name in ("whole", "qat")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize(
+    ("after", "is_worse"),
+    [
+        ({"agreement": 0.97, "top1": 0.86, "sqnr_db": 19.0}, True),
+        ({"agreement": 0.97, "top1": None, "sqnr_db": 19.0}, True),
+        # Other photographs at the edge, less noise.
+        ({"agreement": 0.97, "top1": 0.86, "sqnr_db": 21.0}, False),
+        ({"agreement": 0.97, "top1": 0.88, "sqnr_db": 19.0}, False),
+        ({"agreement": 0.98, "top1": 0.86, "sqnr_db": 19.0}, False),
+        ({"agreement": 0.97, "top1": 0.86, "sqnr_db": None}, False),
+    ],
+)
+def test_training_made_a_model_worse_if_all_figures_fell(after, is_worse):
+    others = {"images": 400, "top5": None, "mean_abs_difference": 0, "max_abs_difference": 0}
+    labelled = None if after["top1"] is None else 0.87
+    before = Scores("PTQ", agreement=0.98, top1=labelled, sqnr_db=20.0, **others)
+    assert train_qat._is_worse(before, Scores("QAT", **after, **others)) == is_worse
 
 
 def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys):
