@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import math
 import sys
 import tempfile
 from collections.abc import Collection
@@ -257,7 +256,7 @@ def run(args: argparse.Namespace) -> None:
     settle(quantized)
     with common.stage("export", "Exporting to TFLite …", seconds):
         _export(source.model, quantized, folder)
-    # As in distillation.
+    # Each of several models is traced once or twice, which TensorFlow calls expensive.
     with common.stage("evaluation", "Evaluating in LiteRT …", seconds), loggers_muted("tensorflow"):
         scores = _evaluate(source.model, folder, job)
     _report(args, folder, scores, figures, job, quantization, seconds)
@@ -546,8 +545,8 @@ class _Distilled(_Job):
 
         args = self.args
         images = exporting.Calibration(self.training, args.batch_size)
-        # Keras shows progress on stdout, which is for results. Each of several models is traced
-        # once or twice, which TensorFlow calls expensive.
+        # Keras shows progress on stdout, which is for results. TensorFlow's warnings are those
+        # of the evaluation.
         with contextlib.redirect_stdout(sys.stderr), loggers_muted("tensorflow"):
             result: Distillation = distill(
                 self.source.model,
@@ -662,14 +661,12 @@ def _evaluate(model: keras.Model, folder: Path, job: _Job) -> tuple[Scores, ...]
 
 def _is_worse(before: Scores, after: Scores) -> bool:
     """Returns whether all figures fell: one alone may do so by a few images."""
-    pairs = [(before.agreement, after.agreement)]
-    if after.top1 is not None:
-        pairs.append((before.top1, after.top1))
-    # None: no noise at all.
-    pairs.append(
-        tuple(math.inf if each.sqnr_db is None else each.sqnr_db for each in (before, after))
+    return (
+        after.agreement < before.agreement
+        and (after.top1 is None or after.top1 < before.top1)
+        # None: no noise at all, which what agrees less cannot have.
+        and (before.sqnr_db is None or after.sqnr_db < before.sqnr_db)
     )
-    return all(new < old for old, new in pairs)
 
 
 def _report(

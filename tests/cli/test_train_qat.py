@@ -4,6 +4,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import keras
 import numpy as np
@@ -14,6 +15,7 @@ from keras_effnet.cli import exporting, main, train_qat
 from keras_effnet.export import Scores, TFLiteRunner, read_tflite
 from keras_effnet.quantization import (
     DistillationConfig,
+    QuantizationConfig,
     distillation,
     is_quantized,
     quantize_model,
@@ -251,14 +253,22 @@ def test_distillation_needs_no_labels_and_resumes(run, photographs, tmp_path, ca
         ({"agreement": 0.97, "top1": 0.86, "sqnr_db": 21.0}, False),
         ({"agreement": 0.97, "top1": 0.88, "sqnr_db": 19.0}, False),
         ({"agreement": 0.98, "top1": 0.86, "sqnr_db": 19.0}, False),
-        ({"agreement": 0.97, "top1": 0.86, "sqnr_db": None}, False),
     ],
 )
-def test_training_made_a_model_worse_if_all_figures_fell(after, is_worse):
+def test_a_model_that_all_figures_call_worse_is_warned_of(tmp_path, capsys, after, is_worse):
     others = {"images": 400, "top5": None, "mean_abs_difference": 0, "max_abs_difference": 0}
     labelled = None if after["top1"] is None else 0.87
-    before = Scores("PTQ", agreement=0.98, top1=labelled, sqnr_db=20.0, **others)
-    assert train_qat._is_worse(before, Scores("QAT", **after, **others)) == is_worse
+    same = {"agreement": 1.0, "top1": labelled, "sqnr_db": None} | others
+    scores = [Scores("Keras, float", **same), Scores("float", **same)]
+    scores.append(Scores("PTQ", agreement=0.98, top1=labelled, sqnr_db=20.0, **others))
+    scores.append(Scores("QAT", **after, **others))
+    for name in ("float", "ptq", "qat"):
+        (tmp_path / f"{name}.tflite").touch()
+    job = SimpleNamespace(warnings=[], evaluated_on="photographs")
+    args = SimpleNamespace(command_line=[])
+    train_qat._report(args, tmp_path, tuple(scores), {}, job, QuantizationConfig(), {})
+    assert ("Training made the quantized model worse" in capsys.readouterr().err) == is_worse
+    assert bool(json.loads((tmp_path / "report.json").read_text())["warnings"]) == is_worse
 
 
 def test_arguments_reach_the_distillation(run, photographs, monkeypatch, capsys):
