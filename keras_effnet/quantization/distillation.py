@@ -151,7 +151,8 @@ def distill(
             channels), or an iterable of batches. They are kept in memory, pixels in 8 bits. At
             least 2.
         config: How to distill; by default `DistillationConfig()`.
-        verbose: Progress as in `fit`: 0 shows none, 1 a bar, 2 a line for each epoch.
+        verbose: Progress as in `fit`: 0 shows none, 1 a bar, 2 a line for each epoch. `loss` is
+            the mean of the epoch's steps, `held_back` the divergence on the held-back images.
         checkpoint: File to keep the state in after every epoch (about five times the weights).
             If it exists, the distillation that it is of goes on: `quantized_model` must be as it
             was when that one began. By default nothing is written.
@@ -377,8 +378,10 @@ class _Run:
         self._compile(trainer, losses, weights)
         position = self.position
         while position["epoch"] < self.epochs and position["waited"] < config.patience:
-            self._epoch(verbose, trainer, lambda batch: batch, teacher)
+            bar, loss = self._epoch(verbose, trainer, lambda batch: batch, teacher)
             position["waited"] = 0 if self._keep_if_better(trainer) else position["waited"] + 1
+            values = [("loss", loss), ("held_back", self.result.epochs[-1])]
+            bar.update(self.steps, values, finalize=True)
             position["epoch"] += 1
             self._save(trainer)
 
@@ -398,7 +401,8 @@ class _Run:
             self._compile(trainer, [_relative_error], [1.0])
             teacher = self._observed([name])
             while position["epoch"] < self.epochs:
-                self._epoch(verbose, trainer, entering, teacher)
+                bar, loss = self._epoch(verbose, trainer, entering, teacher)
+                bar.update(self.steps, [("loss", loss)], finalize=True)
                 position["epoch"] += 1
                 if position["epoch"] < self.epochs:
                     self._save(trainer)
@@ -436,8 +440,13 @@ class _Run:
             self.optimizer_state = []
 
     def _epoch(self, verbose, trainer, entering, teacher):
+        """Trains on all images once; returns the bar, not finished, and the mean loss of a step."""
         config, epoch = self.config, len(self.result.epochs) + 1
-        bar = keras.utils.Progbar(self.steps, verbose=int(verbose))
+        # A bar that takes means itself ends with the loss of the last step alone.
+        bar = keras.utils.Progbar(
+            self.steps, verbose=int(verbose), stateful_metrics=["loss", "held_back"]
+        )
+        losses = []
         self.rng.shuffle(self.used)
         for step in range(self.steps):
             chosen = self.used[step * config.batch_size : (step + 1) * config.batch_size]
@@ -450,7 +459,9 @@ class _Run:
                     f"The loss must be finite. Received: {loss} in step {step + 1} of epoch "
                     f"{epoch}. The best state was restored; lower `learning_rate`."
                 )
-            bar.update(step + 1, [("loss", loss)])
+            losses.append(loss)
+            bar.update(step + 1, [("loss", np.mean(losses))], finalize=False)
+        return bar, np.mean(losses)
 
     def _views(self, images):
         """Returns images to measure with, and what the training makes of such images.

@@ -231,7 +231,7 @@ def test_mixup_blends_with_another_image(two_blocks, two_blocks_student, tiny_im
     seen, epoch = [], distillation._Run._epoch
 
     def watched(self, verbose, trainer, entering, teacher):
-        epoch(self, verbose, trainer, lambda batch: seen.append(batch) or batch, teacher)
+        return epoch(self, verbose, trainer, lambda batch: seen.append(batch) or batch, teacher)
 
     monkeypatch.setattr(distillation._Run, "_epoch", watched)
     images = np.zeros((16, *tiny_images.shape[1:]), np.float32)
@@ -286,6 +286,29 @@ def test_a_temperature_sees_beyond_the_range(two_blocks, two_blocks_student, tin
         distill(two_blocks, student, tiny_images, config, verbose=2)
         losses.append(float(capsys.readouterr().out.rsplit("loss: ", 1)[1].split()[0]))
     assert losses[0] == losses[1]
+
+
+def test_an_epoch_ends_with_its_mean_loss_and_the_held_back_divergence(
+    two_blocks, two_blocks_student, tiny_images, capsys, monkeypatch
+):
+    losses, original = [], keras.Model.train_on_batch
+
+    def train_on_batch(*args, **kwargs):
+        logs = original(*args, **kwargs)
+        losses.append(float(logs["loss"]))
+        return logs
+
+    monkeypatch.setattr(keras.Model, "train_on_batch", train_on_batch)
+    config = DistillationConfig(**FAST | {"epochs": 2, "batch_size": 4})
+    student = copy_of(two_blocks_student)
+    found = distill(two_blocks, student, tiny_images, config, verbose=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "loss" in line]
+    steps = np.reshape(losses, (2, -1))
+    assert np.all(np.ptp(steps, axis=1) > 0)
+    for line, loss, divergence in zip(lines, steps.mean(axis=1), found.epochs, strict=True):
+        shown = dict(part.split(": ") for part in line.split(" - ") if ": " in part)
+        np.testing.assert_allclose(float(shown["loss"]), loss, rtol=1e-3)
+        np.testing.assert_allclose(float(shown["held_back"]), divergence, rtol=1e-3)
 
 
 def test_the_best_state_is_chosen_at_the_temperature(two_blocks, two_blocks_student, tiny_images):
@@ -392,7 +415,7 @@ def test_an_interrupt_keeps_the_best_state(
     student = copy_of(two_blocks_quantized)
     start = student.get_weights()
 
-    def interrupt(bar, step, *arguments):
+    def interrupt(bar, step, *args, **kwargs):
         if step == 2:  # The first step of a warm-up moves nothing.
             raise KeyboardInterrupt
 
@@ -431,7 +454,7 @@ def test_a_killed_distillation_goes_on_to_the_same_weights(
         calls.append(args)
         if len(calls) == stops:
             raise SystemExit
-        epoch(self, *args)
+        return epoch(self, *args)
 
     monkeypatch.setattr(distillation._Run, "_epoch", killed)
     with pytest.raises(SystemExit):
@@ -478,7 +501,12 @@ def test_a_killed_distillation_goes_on_to_the_same_weights(
 @pytest.mark.parametrize(("count", "epochs"), [(7, 20), (13 * 8, 20), (51 * 8, 10), (99 * 8, 5)])
 def test_few_images_are_passed_more_often(count, epochs, tiny, student, tiny_images, monkeypatch):
     calls = []
-    monkeypatch.setattr(distillation._Run, "_epoch", lambda *args: calls.append(args))
+
+    def skipped(*args):
+        calls.append(args)
+        return keras.utils.Progbar(None, verbose=0), 0.0
+
+    monkeypatch.setattr(distillation._Run, "_epoch", skipped)
     state = np.zeros(2), student.get_weights()
     monkeypatch.setattr(distillation._Run, "_settled", lambda self: state)
     images = np.resize(tiny_images, (count, *tiny_images.shape[1:]))
