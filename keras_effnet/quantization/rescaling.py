@@ -10,11 +10,13 @@ as if nothing had been done. A channel that reaches 80 is far out on the straigh
 at most places, where both sides agree; so the few channels that spread the range of all others can
 give much of it up.
 
-The graph then computes another function. Kernel reconstruction (`reconstruction.py`) takes more of
-the difference back than training does (docs/training.md). A closer approximation ended no nearer,
-before there was reconstruction: with a shift of channels before the swish, and rounding errors
-counted a sixteenth in the search, the variance of the function's error fell to a third and that of
-rounding rose; after training such a file was as far from the float model as this one.
+The graph then computes another function. Kernel reconstruction (`reconstruction.py`) takes nearly
+all of the difference back: on photographs that took no part, and without rounding of activations,
+the scores of V1-B0 are off by 1.7 % of their power before it and by 0.24 % behind it. With the
+rounding, whose errors come from all tensors, these are 4.0 and 1.6 %. No other balance of both in
+the search ended nearer: not with the errors of the function counted a quarter (1.8 %), nor, before
+there was reconstruction, with those of rounding counted a sixteenth and a shift of channels before
+the swish.
 
 Source of the exact counterpart: Nagel et al., 2019, Data-Free Quantization Through Weight
 Equalization and Bias Correction, section 4.1 (https://arxiv.org/abs/1906.04721).
