@@ -298,8 +298,10 @@ def ranges_of(twin):
 
 def test_training_lowers_the_loss_and_keeps_the_file_integer(quick, images, labels, tmp_path):
     before = ranges_of(quick)
-    loss = compiled(quick, 1e-3).evaluate(images, labels, verbose=0)
-    quick.fit(images, labels, batch_size=8, epochs=12, verbose=0)
+    # Gently: an 8-bit probability of 0 has a large loss, and how many there are is chance. In this
+    # many steps the loss fell to 0.86 or less, whatever the order of the images.
+    loss = compiled(quick, 3e-4).evaluate(images, labels, verbose=0)
+    quick.fit(images, labels, batch_size=8, epochs=24, verbose=0)
     assert quick.evaluate(images, labels, verbose=0) < 0.95 * loss
     after = ranges_of(quick)
     assert len(before) > 30 and all(before[name] == after[name] for name in before)
