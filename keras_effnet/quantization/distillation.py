@@ -152,7 +152,8 @@ def distill(
             least 2.
         config: How to distill; by default `DistillationConfig()`.
         verbose: Progress as in `fit`: 0 shows none, 1 a bar, 2 a line for each epoch. `loss` is
-            the mean of the epoch's steps, `held_back` the divergence on the held-back images.
+            the mean of the epoch's steps; `held_back`, end to end, the divergence of the held-back
+            images.
         checkpoint: File to keep the state in after every epoch (about five times the weights).
             If it exists, the distillation that it is of goes on: `quantized_model` must be as it
             was when that one began. By default nothing is written.
@@ -442,11 +443,7 @@ class _Run:
     def _epoch(self, verbose, trainer, entering, teacher):
         """Trains on all images once; returns the bar, not finished, and the mean loss of a step."""
         config, epoch = self.config, len(self.result.epochs) + 1
-        # A bar that takes means itself ends with the loss of the last step alone.
-        bar = keras.utils.Progbar(
-            self.steps, verbose=int(verbose), stateful_metrics=["loss", "held_back"]
-        )
-        losses = []
+        bar, losses = keras.utils.Progbar(self.steps, verbose=int(verbose)), []
         self.rng.shuffle(self.used)
         for step in range(self.steps):
             chosen = self.used[step * config.batch_size : (step + 1) * config.batch_size]
@@ -460,7 +457,8 @@ class _Run:
                     f"{epoch}. The best state was restored; lower `learning_rate`."
                 )
             losses.append(loss)
-            bar.update(step + 1, [("loss", np.mean(losses))], finalize=False)
+            bar.update(step + 1, [("loss", loss)], finalize=False)
+        # The bar shows means until it is finished, and then what it is given last.
         return bar, np.mean(losses)
 
     def _views(self, images):

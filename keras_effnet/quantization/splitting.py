@@ -29,7 +29,7 @@ from .sides import NEGATIVE, POSITIVE, POSITIVE_SUFFIX, negative_name
 
 # Swishes are split where images have so many times fewer rows and columns than the input. V1-B0,
 # rescaled and with reconstructed kernels, gains nothing by more: the noise of its scores is 1.6 %
-# of their power with 32, 1.7 % with 16, and 1.8 % where all are split.
+# of their power with 32, 1.7 % with 16, and 1.8 % with 2.
 REDUCTION = 32
 # A swish is split if it reaches so many times as far up as down: finer steps hold all of its lobe
 # then, and of the means over it, and there are too few without them.
