@@ -231,7 +231,7 @@ def test_distillation_needs_no_labels_and_resumes(run, photographs, tmp_path, ca
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        epoch(self, *args)
+        return epoch(self, *args)
 
     monkeypatch.setattr(distillation._Run, "_epoch", interrupted)
     given = {"train_data": unlabelled, "distill": True, "learning_rate": 1e-3}
