@@ -11,8 +11,8 @@ and onnxruntime's `quantize_static` (percentile, per channel) on our float file.
 Every file is made in a fresh process, whose largest resident set is the peak memory, and runs in
 LiteRT (onnxruntime where it is its own). Latencies are taken in one process, all files in turns,
 with batch 1 and two threads; the ratio to the converter's file is the median of the ratios of the
-rounds. ai-edge-quantizer lives in an environment of its own, whose interpreter is PYTHON; without
-it, its rows say so.
+rounds. ai-edge-quantizer lives in an environment of its own, whose interpreter is PYTHON (`pip
+install ai-edge-quantizer lazy_loader`); without it, its rows say so.
 
 Rows take minutes: `--resume FILE` keeps the finished ones in a JSON, and what they wrote in a
 folder beside it, so that an interrupted run goes on; delete both when the code that made them has
