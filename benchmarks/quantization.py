@@ -476,6 +476,8 @@ _STYLES = {
 }
 # Points further apart than this factor of latency have labels of their own.
 _APART = 1.15
+# Height of a line of a label and width of a letter, as shares of the panel.
+_LINE, _LETTER = 0.03, 0.009
 _TICKS = (0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
 
@@ -500,14 +502,20 @@ def _draw_case(panel: Any, name: str, case: dict[str, Any]) -> None:
     high, low = max(point[1] for point in points) * 1.3, min(point[1] for point in points) / 1.3
     panel.set_ylim(high, low)
     widest = max(point[0] for point in points)
-    panel.set_xlim(min(point[0] for point in points) / 1.1, widest * 2.2)
+    left, right = min(point[0] for point in points) / 1.1, widest * 2.2
+    panel.set_xlim(left, right)
+    taken: list[tuple[float, float, float]] = []
     for column in _columns(points):
-        # Labels stand in a column to the right of their points, a line apart.
+        # Labels stand in a column to the right of their points, a line from others that they meet.
         place = max(point[0] for point in column) * 1.07
-        height = -np.inf
+        start = float(np.log(place / left) / np.log(right / left))
         for ratio, missed, row, group in sorted(column, key=lambda point: point[1]):
-            share = float(np.log(missed / low) / np.log(high / low))
-            height = max(share, height + 0.03)
+            end = start + _LETTER * len(row)
+            height = float(np.log(missed / low) / np.log(high / low))
+            for other_start, other_end, other in sorted(taken, key=lambda label: label[2]):
+                if start < other_end and other_start < end and abs(height - other) < _LINE:
+                    height = other + _LINE
+            taken.append((start, end, height))
             panel.annotate(
                 row,
                 (ratio, missed),
