@@ -139,7 +139,7 @@ def _markdown(results: dict) -> str:
                 verdict = f"{bar}: {'met' if ours[key] < bar else 'missed'}"
             ratio = ours[key] / theirs[key]
             cells += [f"{ours[key]:.1f}", f"{theirs[key]:.1f}", f"{ratio:.2f}", verdict]
-        cells += [f"{ours['file_bytes']:,}", f"{theirs['file_bytes']:,}"]
+        cells += [f"{ours['file_bytes']:,.0f}", f"{theirs['file_bytes']:,.0f}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
