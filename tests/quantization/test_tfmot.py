@@ -95,9 +95,9 @@ def run(twin, batch):
     return twin(batch, training=False).numpy()
 
 
-def compiled(twin, rate=1e-2):
+def compiled(twin, rate=1e-2, loss="sparse_categorical_crossentropy"):
     tf_keras.utils.set_random_seed(0)  # Dropout and the order of the images.
-    twin.compile(tf_keras.optimizers.SGD(rate), "sparse_categorical_crossentropy")
+    twin.compile(tf_keras.optimizers.SGD(rate), loss)
     return twin
 
 
@@ -298,11 +298,12 @@ def ranges_of(twin):
 
 def test_training_lowers_the_loss_and_keeps_the_file_integer(quick, images, labels, tmp_path):
     before = ranges_of(quick)
-    # Gently: an 8-bit probability of 0 has a large loss, and how many there are is chance. In this
-    # many steps the loss fell to 0.86 or less in each of 8 orders of the images.
-    loss = compiled(quick, 3e-4).evaluate(images, labels, verbose=0)
-    quick.fit(images, labels, batch_size=8, epochs=24, verbose=0)
-    assert quick.evaluate(images, labels, verbose=0) < 0.95 * loss
+    # Squared errors: an 8-bit probability of 0 has a large logarithm, and how many there are is
+    # chance. In 24 trials, orders of the images at three rates, the loss fell to 0.66 to 0.80.
+    wanted = np.eye(CLASSES, dtype=np.float32)[labels]
+    loss = compiled(quick, loss="mse").evaluate(images, wanted, verbose=0)
+    quick.fit(images, wanted, batch_size=8, epochs=24, verbose=0)
+    assert quick.evaluate(images, wanted, verbose=0) < 0.9 * loss
     after = ranges_of(quick)
     assert len(before) > 30 and all(before[name] == after[name] for name in before)
     batch = blotches(200, 4)
