@@ -508,10 +508,10 @@ def _draw_case(panel: Any, name: str, case: dict[str, Any]) -> None:
     for column in _columns(points):
         # Labels stand in a column to the right of their points, a line from others that they meet.
         place = max(point[0] for point in column) * 1.07
-        start = float(np.log(place / left) / np.log(right / left))
+        start = _share(place, left, right)
         for ratio, missed, row, group in sorted(column, key=lambda point: point[1]):
             end = start + _LETTER * len(row)
-            height = float(np.log(missed / low) / np.log(high / low))
+            height = _share(missed, low, high)
             for other_start, other_end, other in sorted(taken, key=lambda label: label[2]):
                 if start < other_end and other_start < end and abs(height - other) < _LINE:
                     height = other + _LINE
@@ -535,6 +535,11 @@ def _draw_case(panel: Any, name: str, case: dict[str, Any]) -> None:
     panel.set_ylabel("agreement with the float model")
     panel.set_title(name)
     panel.grid(color="#e5e5e5", zorder=0)
+
+
+def _share(value: float, first: float, last: float) -> float:
+    """Where a value stands on a logarithmic axis: 0 at its first end, 1 at its last."""
+    return float(np.log(value / first) / np.log(last / first))
 
 
 def _columns(points: list[tuple]) -> list[list[tuple]]:
