@@ -62,7 +62,7 @@ class QuantizationConfig:
             - "bias_correction": biases take up the mean of the rounding errors (`bias`);
             - "kernel_reconstruction": the depthwise kernels and the projections at the ends of
               blocks are fitted to the float model's outputs, from inputs with all errors before
-              them (`reconstruction`); needs about six more passes over the data.
+              them (`reconstruction`); needs about two more passes over the data.
         equalize: Swishes to equalize: "auto", those where it saves much noise; "all"; a share of
             their elements in (0, 1), such as 0.25, for those that save most noise for each element,
             which gives faster files; or a tuple of layer names.

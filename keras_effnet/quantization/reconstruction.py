@@ -60,19 +60,13 @@ def reconstruct_kernels(
     layers = reconstructed(teacher, graph)
     if not layers:
         return
-    models = [
-        build_model(teacher, quantized=False, observed=teacher.outputs),
-        build_model(graph, quantized=True, observed=graph.outputs),
-    ]
-    tapes = _Tapes(models, boundaries(teacher, graph), batches)
-    place = {node.name: number for number, node in enumerate(teacher)}
+    tapes = _Tapes(teacher, graph, batches)
     progress = keras.utils.Progbar(len(layers), verbose=1 if verbose else 0, unit_name="kernel")
     for name, owner in layers.items():
-        passed = [end for end in tapes.ahead if place[end] < place[name]]
         sides = graph.applications(owner)
         fit = _Regression(graph[owner])
         divisors = graph[owner].weights.get("divisors", np.float32(1))
-        for outputs, *inputs in tapes.run([name], [side.inputs[0] for side in sides], passed):
+        for outputs, *inputs in tapes.run(name, [side.inputs[0] for side in sides]):
             # A kernel that is applied to both sides of a tensor meets their sum.
             fit.add(reduce(add, inputs), outputs / divisors)
         kernel, bias = fit.solve()
@@ -80,7 +74,7 @@ def reconstruct_kernels(
         fitted = {"kernel": kernel, "bias": (bias / len(sides)).astype(np.float32)}
         for side in sides:
             side.weights.update(fitted)
-        models[1].get_layer(owner).set_real(**fitted)
+        tapes.student.model.get_layer(owner).set_real(**fitted)
         progress.add(1)
 
 
@@ -109,56 +103,105 @@ def _is_fitted(teacher: Graph, node: Node) -> bool:
     return is_projection(node) and keeps_units(teacher, node.name)
 
 
-class _Tapes:
-    """The tensors at one boundary, of the float and of the quantized model, batch by batch.
+class _Position:
+    """How far a graph has been computed: the tensors of which all others can be."""
 
-    So no layer is computed for all that follow it: the time is that of a few passes over the
-    images, however many layers there are.
+    def __init__(self, graph: Graph, quantized: bool):
+        self.graph, self.quantized = graph, quantized
+        self.model = build_model(graph, quantized, observed=graph.outputs)
+        self.readers = {node.name: graph.consumers(node.name) for node in graph}
+        self.computed: set[str] = set()
+        self.live: list[str] = []
+
+    def at(self, names: list[str]) -> tuple[set[str], list[str]]:
+        """Returns what is computed and what of it is still read, once tensors are known."""
+        computed, pending = set(self.computed), list(names)
+        while pending:
+            name = pending.pop()
+            if name not in computed:
+                computed.add(name)
+                pending += self.graph[name].inputs
+        return computed, [
+            name
+            for name, readers in self.readers.items()
+            if name in computed and any(reader.name not in computed for reader in readers)
+        ]
+
+    def part(self, names: list[str]) -> keras.Model:
+        """Returns the model that computes tensors from those that are live."""
+        # Keras takes no input of a model as its output.
+        same = keras.layers.Identity()
+        part = keras.Model(
+            [self._tensor(name) for name in self.live] or self.model.inputs,
+            [same(self._tensor(name)) for name in names],
+        )
+        # Each runs but once over few batches: compiling it would take longer.
+        part.run_eagerly = True
+        return part
+
+    def bytes_of(self, names: list[str]) -> int:
+        """Returns the bytes of tensors for one image."""
+        return 4 * sum(int(np.prod(self._tensor(name).shape[1:])) for name in names)
+
+    def _tensor(self, name):
+        if self.quantized:
+            return quantized_tensor(self.model, name)
+        return self.model.get_layer(name).output
+
+
+class _Tapes:
+    """What the float and the quantized model have computed, batch by batch.
+
+    So no layer is computed for all that follow it: the time is that of one pass over the images,
+    however many layers there are. Where tensors inside a block are too large to be kept, both
+    models stay at the boundary before it.
     """
 
-    def __init__(self, models: list[keras.Model], ends: list[str], batches):
-        self.models, self.ahead, self.start = models, ends, None
-        largest = max(
-            (int(np.prod(models[0].get_layer(name).output.shape[1:])) for name in ends), default=1
-        )
+    def __init__(self, teacher: Graph, student: Graph, batches):
+        self.teacher, self.student = _Position(teacher, False), _Position(student, True)
+        self.positions = self.teacher, self.student
+        self.ahead = boundaries(teacher, student)
+        largest = max((self.teacher.bytes_of([name]) for name in self.ahead), default=4)
         images = sum(len(batch) for batch in batches)
-        stride = -(-images * 2 * 4 * largest // BYTES_KEPT)
-        self.kept = [[batch, batch] for batch in itertools.islice(batches, 0, None, stride)]
+        stride = -(-images * 2 * largest // BYTES_KEPT)
+        # Of each batch what is live, of both models.
+        self.kept = [[[batch], [batch]] for batch in itertools.islice(batches, 0, None, stride)]
+        self.images = sum(len(own[0][0]) for own in self.kept)
 
-    def run(self, teachers: list[str], students: list[str], passed: list[str]):
-        """Yields the tensors of the float model and then those of the quantized one, by batch.
+    def run(self, name: str, inputs: list[str]):
+        """Yields a tensor of the float model and then tensors of the quantized one, by batch.
 
-        On the way it moves to the last of the boundaries ahead that were passed.
+        Args:
+            name: Tensor of the float model.
+            inputs: Tensors of the quantized model; what it computes from them may change next.
         """
-        ends = passed[-1:]
-        # Keras takes no input of a model as its output; a layer may read the boundary itself.
-        same = keras.layers.Identity()
-        parts = [
-            keras.Model(
-                self._tensor(which, self.start),
-                [same(self._tensor(which, name)) for name in [*ends, *names]],
-            )
-            for which, names in enumerate((teachers, students))
+        wanted = [[name], inputs]
+        moves = self._moves(wanted)
+        names = [
+            list(dict.fromkeys([*live, *own])) for (_, live), own in zip(moves, wanted, strict=True)
         ]
-        for part in parts:
-            # Each runs but once over few batches: compiling it would take longer.
-            part.run_eagerly = True
+        parts = [position.part(own) for position, own in zip(self.positions, names, strict=True)]
         for batch in self.kept:
-            # A single output comes without its list.
-            outputs = [
-                keras.tree.flatten(part.predict_on_batch(values))
-                for part, values in zip(parts, batch, strict=True)
-            ]
-            if ends:
-                batch[:] = [own.pop(0) for own in outputs]
-            yield [np.asarray(value) for own in outputs for value in own]
-        self.start, self.ahead = (ends or [self.start])[0], self.ahead[len(passed) :]
+            found = []
+            for which, (computed, live) in enumerate(moves):
+                # A single output comes without its list.
+                outputs = keras.tree.flatten(parts[which].predict_on_batch(batch[which]))
+                of_name = dict(zip(names[which], map(np.asarray, outputs), strict=True))
+                if computed != self.positions[which].computed:
+                    batch[which] = [of_name[each] for each in live]
+                found += [of_name[each] for each in wanted[which]]
+            yield found
+        for position, (computed, live) in zip(self.positions, moves, strict=True):
+            position.computed, position.live = computed, live
 
-    def _tensor(self, which, name):
-        model = self.models[which]
-        if name is None:
-            return model.inputs[0]
-        return quantized_tensor(model, name) if which else model.get_layer(name).output
+    def _moves(self, wanted: list[list[str]]) -> list[tuple[set[str], list[str]]]:
+        """Returns the next positions, as of `_Position.at`: as far as the bytes allow."""
+        found = [each.at(names) for each, names in zip(self.positions, wanted, strict=True)]
+        kept = zip(self.positions, found, strict=True)
+        if self.images * sum(each.bytes_of(live) for each, (_, live) in kept) <= BYTES_KEPT:
+            return found
+        ends = [end for end in self.ahead if end in found[0][0] and end not in wanted[0]][-1:]
+        return [each.at(ends) for each in self.positions]
 
 
 class _Moments:

@@ -23,13 +23,14 @@ from keras_effnet.quantization import (
     rescaling,
     splitting,
 )
-from keras_effnet.quantization.boundaries import boundaries, quantized_tensor
+from keras_effnet.quantization.boundaries import quantized_tensor
 from keras_effnet.quantization.build import build_model
 from keras_effnet.quantization.graph import Node
 from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.params import kernel_scales
 from keras_effnet.quantization.reconstruction import (
     PLACES_PER_IMAGE,
+    _Position,
     _Regression,
     _Tapes,
     reconstruct_kernels,
@@ -334,36 +335,66 @@ def test_an_image_counts_once_in_any_batches(model):
         )
 
 
-def test_each_model_goes_on_from_its_own_tensors(model, clipped):
+# The floats of a boundary, 8 x 8 x 6, and of the two inputs of the second projection, 8 x 8 x 24.
+BOUNDARY, INSIDE = 8 * 8 * 6, 8 * 8 * 24
+
+
+@pytest.mark.parametrize(
+    "kept", [2 * BOUNDARY, BOUNDARY + INSIDE], ids=["boundaries", "all positions"]
+)
+def test_each_model_goes_on_from_its_own_tensors(kept, model, clipped, monkeypatch):
     teacher = folded(model)
     graph = read_quantized(quantize_model(model, values(), OFF, verbose=False))
-    models = [build_model(teacher, quantized=False), build_model(graph, quantized=True)]
-    tapes = _Tapes(models, boundaries(teacher, graph), [values(4), values(4, seed=1)])
-    assert tapes.ahead == ["project_1", "project_2"]
-    first = list(tapes.run(["project_1"], ["project_1"], []))
-    assert (tapes.start, tapes.ahead) == (None, ["project_1", "project_2"])
-    found = list(tapes.run(["project_2"], ["project_2"], ["project_1"]))
-    assert (tapes.start, tapes.ahead) == ("project_1", ["project_2"])
-    tensors = [models[0].get_layer(name).output for name in ("project_1", "project_2")]
-    tensors += [quantized_tensor(models[1], name) for name in ("project_1", "project_2")]
-    expected = [
-        [
-            predict(keras.Model(models[which // 2].inputs[0], tensors[which]), batch)
-            for which in range(4)
-        ]
-        for batch in (values(4), values(4, seed=1))
+    batches = [values(4), values(4, seed=1)]
+    monkeypatch.setattr(reconstruction, "BYTES_KEPT", 4 * 8 * kept)
+    tapes = _Tapes(teacher, graph, batches)
+    models = [position.model for position in (tapes.teacher, tapes.student)]
+    positions = []
+    for name in ("project_1", "project_2"):
+        inputs = graph[name].inputs
+        found = list(tapes.run(name, inputs))
+        positions.append((tapes.teacher.live, tapes.student.live))
+        tensors = [models[0].get_layer(name).output, quantized_tensor(models[1], *inputs)]
+        for each, batch in zip(found, batches, strict=True):
+            for own, tensor, whole in zip(each, tensors, models, strict=True):
+                exact = predict(keras.Model(whole.inputs[0], tensor), batch)
+                # A value near a half of a step may be rounded the other way.
+                assert np.mean(np.abs(own - exact) > 1e-5) < 0.01
+        exact = predict(
+            keras.Model(models[0].inputs[0], models[0].get_layer(inputs[0]).output), batch
+        )
+        assert np.mean(np.abs(each[1] - exact)) > 1e-3, "or both would be the float model"
+    inside = [([name], graph[name].inputs) for name in ("project_1", "project_2")]
+    # Without the room they stay at the images, and then at the first boundary.
+    outside = [([], []), (["project_1"], ["project_1"])]
+    assert positions == (outside if kept == 2 * BOUNDARY else inside)
+
+
+def test_what_passes_a_layer_by_is_kept():
+    """The other side of a sum, and what is read twice."""
+    graph = folded(functional(8, residual))
+    position = _Position(graph, quantized=False)
+    computed, live = position.at(["inside"])
+    assert live == ["before", "inside"]
+    assert "project" not in computed
+    position.computed, position.live = computed, live
+    assert position.at(["sum"]) == ({*computed, "project", "sum"}, ["sum"])
+    images = values(2, 8)
+    before = [
+        predict(
+            keras.Model(position.model.inputs[0], position.model.get_layer(name).output), images
+        )
+        for name in (*live, "sum")
     ]
-    for kept, exact in zip(tapes.kept, expected, strict=True):
-        np.testing.assert_allclose(kept[0], exact[0], atol=1e-5)
-        np.testing.assert_allclose(kept[1], exact[2], atol=1e-5)
-    # From the images, and from the boundary on.
-    for runs in (found, list(tapes.run(["project_2"], ["project_2"], []))):
-        for each, exact in zip(runs, expected, strict=True):
-            np.testing.assert_allclose(each[0], exact[1], atol=1e-5)
-            # A value near a half of a step may be rounded the other way.
-            assert np.mean(np.abs(each[1] - exact[3]) > 1e-5) < 0.01
-            assert np.mean(np.abs(each[0] - each[1])) > 1e-3
-    np.testing.assert_allclose(first[1][0], expected[1][0], atol=1e-5)
+    part = position.part(["sum"])
+    np.testing.assert_array_equal(part.predict_on_batch(before[:2]), before[2])
+
+
+def residual(x):
+    before = layers.Conv2D(4, 3, padding="same", name="before")(x)
+    inside = layers.Conv2D(8, 1, activation="relu", name="inside")(before)
+    inside = layers.Conv2D(4, 1, name="project")(inside)
+    return layers.Conv2D(2, 1, name="after")(layers.Add(name="sum")([before, inside]))
 
 
 def test_of_many_images_every_nth_batch_is_kept(model, monkeypatch):
