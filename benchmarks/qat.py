@@ -37,7 +37,7 @@ PACKAGES = ("keras-effnet", "keras", "tensorflow", "ai-edge-litert", "numpy")
 SOFT = "--temperature 4".split()
 UNEQUALIZED = (
     "--corrections swish_rescaling,swish_splitting,learned_rounding,bias_correction,"
-    "kernel_reconstruction --epochs 6"
+    "kernel_reconstruction --epochs 12"
 ).split()
 
 
