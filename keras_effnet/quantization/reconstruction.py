@@ -103,17 +103,25 @@ def _is_fitted(teacher: Graph, node: Node) -> bool:
     return is_projection(node) and keeps_units(teacher, node.name)
 
 
-class _Position:
-    """How far a graph has been computed: the tensors of which all others can be."""
+class _Tape:
+    """What one model has computed of the images, batch by batch: the tensors that are still read.
 
-    def __init__(self, graph: Graph, quantized: bool):
+    Attributes:
+        model: The model of the graph; kernels of it may change that nothing computed depends on.
+        live: Names of the tensors that are kept, in the order of the graph; none if it is the
+            images.
+        kept: Those tensors, by batch.
+    """
+
+    def __init__(self, graph: Graph, quantized: bool, batches: list[np.ndarray]):
         self.graph, self.quantized = graph, quantized
         self.model = build_model(graph, quantized, observed=graph.outputs)
         self.readers = {node.name: graph.consumers(node.name) for node in graph}
         self.computed: set[str] = set()
         self.live: list[str] = []
+        self.kept = [[batch] for batch in batches]
 
-    def at(self, names: list[str]) -> tuple[set[str], list[str]]:
+    def position(self, names: list[str]) -> tuple[set[str], list[str]]:
         """Returns what is computed and what of it is still read, once tensors are known."""
         computed, pending = set(self.computed), list(names)
         while pending:
@@ -127,21 +135,31 @@ class _Position:
             if name in computed and any(reader.name not in computed for reader in readers)
         ]
 
-    def part(self, names: list[str]) -> keras.Model:
-        """Returns the model that computes tensors from those that are live."""
+    def bytes_of(self, names: list[str]) -> int:
+        """Returns the bytes of tensors for one image."""
+        return 4 * sum(int(np.prod(self._tensor(name).shape[1:])) for name in names)
+
+    def run(self, names: list[str], position: tuple[set[str], list[str]]):
+        """Yields tensors by batch, and moves to a position that they can be computed from."""
+        computed, live = position
+        moves = computed != self.computed
+        outputs = list(dict.fromkeys([*live, *names] if moves else names))
         # Keras takes no input of a model as its output.
         same = keras.layers.Identity()
         part = keras.Model(
             [self._tensor(name) for name in self.live] or self.model.inputs,
-            [same(self._tensor(name)) for name in names],
+            [same(self._tensor(name)) for name in outputs],
         )
-        # Each runs but once over few batches: compiling it would take longer.
+        # It runs but once over few batches: compiling it would take longer.
         part.run_eagerly = True
-        return part
-
-    def bytes_of(self, names: list[str]) -> int:
-        """Returns the bytes of tensors for one image."""
-        return 4 * sum(int(np.prod(self._tensor(name).shape[1:])) for name in names)
+        for number, batch in enumerate(self.kept):
+            # A single output comes without its list.
+            values = map(np.asarray, keras.tree.flatten(part.predict_on_batch(batch)))
+            found = dict(zip(outputs, values, strict=True))
+            if moves:
+                self.kept[number] = [found[name] for name in live]
+            yield [found[name] for name in names]
+        self.computed, self.live = computed, live
 
     def _tensor(self, name):
         if self.quantized:
@@ -150,23 +168,23 @@ class _Position:
 
 
 class _Tapes:
-    """What the float and the quantized model have computed, batch by batch.
+    """The tapes of the float and of the quantized model.
 
     So no layer is computed for all that follow it: the time is that of one pass over the images,
     however many layers there are. Where tensors inside a block are too large to be kept, both
     models stay at the boundary before it.
     """
 
-    def __init__(self, teacher: Graph, student: Graph, batches):
-        self.teacher, self.student = _Position(teacher, False), _Position(student, True)
-        self.positions = self.teacher, self.student
-        self.ahead = boundaries(teacher, student)
-        largest = max((self.teacher.bytes_of([name]) for name in self.ahead), default=4)
+    def __init__(self, teacher: Graph, student: Graph, batches: Iterable[np.ndarray]):
+        self.boundaries = boundaries(teacher, student)
+        largest = max(
+            (4 * int(np.prod(teacher[name].shape)) for name in self.boundaries), default=4
+        )
         images = sum(len(batch) for batch in batches)
         stride = -(-images * 2 * largest // BYTES_KEPT)
-        # Of each batch what is live, of both models.
-        self.kept = [[[batch], [batch]] for batch in itertools.islice(batches, 0, None, stride)]
-        self.images = sum(len(own[0][0]) for own in self.kept)
+        kept = list(itertools.islice(batches, 0, None, stride))
+        self.images = sum(len(batch) for batch in kept)
+        self.teacher, self.student = _Tape(teacher, False, kept), _Tape(student, True, kept)
 
     def run(self, name: str, inputs: list[str]):
         """Yields a tensor of the float model and then tensors of the quantized one, by batch.
@@ -175,33 +193,15 @@ class _Tapes:
             name: Tensor of the float model.
             inputs: Tensors of the quantized model; what it computes from them may change next.
         """
-        wanted = [[name], inputs]
-        moves = self._moves(wanted)
-        names = [
-            list(dict.fromkeys([*live, *own])) for (_, live), own in zip(moves, wanted, strict=True)
-        ]
-        parts = [position.part(own) for position, own in zip(self.positions, names, strict=True)]
-        for batch in self.kept:
-            found = []
-            for which, (computed, live) in enumerate(moves):
-                # A single output comes without its list.
-                outputs = keras.tree.flatten(parts[which].predict_on_batch(batch[which]))
-                of_name = dict(zip(names[which], map(np.asarray, outputs), strict=True))
-                if computed != self.positions[which].computed:
-                    batch[which] = [of_name[each] for each in live]
-                found += [of_name[each] for each in wanted[which]]
-            yield found
-        for position, (computed, live) in zip(self.positions, moves, strict=True):
-            position.computed, position.live = computed, live
-
-    def _moves(self, wanted: list[list[str]]) -> list[tuple[set[str], list[str]]]:
-        """Returns the next positions, as of `_Position.at`: as far as the bytes allow."""
-        found = [each.at(names) for each, names in zip(self.positions, wanted, strict=True)]
-        kept = zip(self.positions, found, strict=True)
-        if self.images * sum(each.bytes_of(live) for each, (_, live) in kept) <= BYTES_KEPT:
-            return found
-        ends = [end for end in self.ahead if end in found[0][0] and end not in wanted[0]][-1:]
-        return [each.at(ends) for each in self.positions]
+        tapes, wanted = (self.teacher, self.student), ([name], inputs)
+        positions = [tape.position(names) for tape, names in zip(tapes, wanted, strict=True)]
+        size = sum(tape.bytes_of(live) for tape, (_, live) in zip(tapes, positions, strict=True))
+        if size * self.images > BYTES_KEPT:
+            passed = [end for end in self.boundaries if end in positions[0][0] and end != name]
+            positions = [tape.position(passed[-1:]) for tape in tapes]
+        runs = map(_Tape.run, tapes, wanted, positions)
+        for outputs, values in zip(*runs, strict=True):
+            yield [*outputs, *values]
 
 
 class _Moments:

@@ -30,8 +30,8 @@ from keras_effnet.quantization.lowering import read_quantized
 from keras_effnet.quantization.params import kernel_scales
 from keras_effnet.quantization.reconstruction import (
     PLACES_PER_IMAGE,
-    _Position,
     _Regression,
+    _Tape,
     _Tapes,
     reconstruct_kernels,
     reconstructed,
@@ -348,7 +348,7 @@ def test_each_model_goes_on_from_its_own_tensors(kept, model, clipped, monkeypat
     batches = [values(4), values(4, seed=1)]
     monkeypatch.setattr(reconstruction, "BYTES_KEPT", 4 * 8 * kept)
     tapes = _Tapes(teacher, graph, batches)
-    models = [position.model for position in (tapes.teacher, tapes.student)]
+    models = [tape.model for tape in (tapes.teacher, tapes.student)]
     positions = []
     for name in ("project_1", "project_2"):
         inputs = graph[name].inputs
@@ -360,9 +360,8 @@ def test_each_model_goes_on_from_its_own_tensors(kept, model, clipped, monkeypat
                 exact = predict(keras.Model(whole.inputs[0], tensor), batch)
                 # A value near a half of a step may be rounded the other way.
                 assert np.mean(np.abs(own - exact) > 1e-5) < 0.01
-        exact = predict(
-            keras.Model(models[0].inputs[0], models[0].get_layer(inputs[0]).output), batch
-        )
+        of_float = models[0].get_layer(*inputs).output
+        exact = predict(keras.Model(models[0].inputs[0], of_float), batch)
         assert np.mean(np.abs(each[1] - exact)) > 1e-3, "or both would be the float model"
     inside = [([name], graph[name].inputs) for name in ("project_1", "project_2")]
     # Without the room they stay at the images, and then at the first boundary.
@@ -372,22 +371,17 @@ def test_each_model_goes_on_from_its_own_tensors(kept, model, clipped, monkeypat
 
 def test_what_passes_a_layer_by_is_kept():
     """The other side of a sum, and what is read twice."""
-    graph = folded(functional(8, residual))
-    position = _Position(graph, quantized=False)
-    computed, live = position.at(["inside"])
-    assert live == ["before", "inside"]
-    assert "project" not in computed
-    position.computed, position.live = computed, live
-    assert position.at(["sum"]) == ({*computed, "project", "sum"}, ["sum"])
-    images = values(2, 8)
-    before = [
-        predict(
-            keras.Model(position.model.inputs[0], position.model.get_layer(name).output), images
-        )
-        for name in (*live, "sum")
-    ]
-    part = position.part(["sum"])
-    np.testing.assert_array_equal(part.predict_on_batch(before[:2]), before[2])
+    graph, images = folded(functional(8, residual)), values(2, 8)
+    tape = _Tape(graph, False, [images])
+    before, inside, total = (
+        predict(keras.Model(tape.model.inputs[0], tape.model.get_layer(name).output), images)
+        for name in ("before", "inside", "sum")
+    )
+    assert list(tape.run(["inside"], tape.position(["inside"]))) == [[pytest.approx(inside)]]
+    assert tape.live == ["before", "inside"]
+    np.testing.assert_array_equal(tape.kept[0][0], before)
+    assert list(tape.run(["sum"], tape.position(["sum"]))) == [[pytest.approx(total)]]
+    assert tape.live == ["sum"]
 
 
 def residual(x):
