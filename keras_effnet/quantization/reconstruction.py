@@ -39,8 +39,8 @@ LEAST_VARIANCE = 1e-12
 GROUPS = 4
 # Places of one image that are looked at, at most, by kind of kernel: few weights need few.
 PLACES_PER_IMAGE = {"conv": 196, "depthwise": 64}
-# Bytes of the tensors at one boundary that are kept; of more images every second one, third one ...
-# is left out.
+# Bytes of the tensors that are kept at a time, of both models. Where those at one boundary are more,
+# every second batch, third one ... of images is left out.
 BYTES_KEPT = 2**31
 
 
