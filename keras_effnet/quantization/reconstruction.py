@@ -39,8 +39,8 @@ LEAST_VARIANCE = 1e-12
 GROUPS = 4
 # Places of one image that are looked at, at most, by kind of kernel: few weights need few.
 PLACES_PER_IMAGE = {"conv": 196, "depthwise": 64}
-# Bytes of the tensors that are kept at a time, of both models. Where those at one boundary are more,
-# every second batch, third one ... of images is left out.
+# Bytes of the tensors of both models that are kept at a time. Where one boundary has more, every
+# second batch of images, third one ... alone is used.
 BYTES_KEPT = 2**31
 
 
