@@ -140,7 +140,7 @@ class _Tape:
         return 4 * sum(int(np.prod(self._tensor(name).shape[1:])) for name in names)
 
     def run(self, names: list[str], position: tuple[set[str], list[str]]):
-        """Yields tensors by batch, and moves to a position that they can be computed from."""
+        """Yields tensors by batch, computed from what is kept, and moves to a position."""
         computed, live = position
         moves = computed != self.computed
         outputs = list(dict.fromkeys([*live, *names] if moves else names))

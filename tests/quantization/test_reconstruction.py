@@ -335,7 +335,7 @@ def test_an_image_counts_once_in_any_batches(model):
         )
 
 
-# The floats of a boundary, 8 x 8 x 6, and of the two inputs of the second projection, 8 x 8 x 24.
+# The floats of a boundary, 8 x 8 x 6, and of the input of a projection, 8 x 8 x 24.
 BOUNDARY, INSIDE = 8 * 8 * 6, 8 * 8 * 24
 
 
