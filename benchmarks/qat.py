@@ -10,10 +10,10 @@ photographs, which nothing else sees.
 Latencies are taken in one process, all files of a model in turns, with batch 1 and two threads.
 
 A row takes 5 to 40 minutes on 2 cores. `--work DIR` keeps the runs, so that the same command goes
-on after an interruption; delete it when the code that made them has changed. `--rows` chooses some,
-with wildcards; the table is then printed and nothing is written. Otherwise writes
-`benchmarks/results/qat.json` and `.md`. Needs the photographs and weights of ../shared beside the
-repository.
+on after an interruption; delete it when the code that made them has changed. Writes
+`benchmarks/results/qat.json` and `.md`. `--rows` chooses some, with wildcards: they are printed,
+and with `--overwrite` they take the place of the same rows of the earlier results. Needs the
+photographs and weights of ../shared beside the repository.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     args = parser.parse_args()
     target = RESULTS / "qat.json"
-    if args.rows is None and target.exists() and not args.overwrite:
+    writes = args.rows is None or args.overwrite
+    if target.exists() and writes and not args.overwrite:
         sys.exit(f"{target} exists; pass --overwrite to replace it")
     chosen = [
         name
@@ -85,20 +86,23 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as temporary:
         results = _measure(args.work or Path(temporary), chosen, args.rounds)
-    text = _markdown(results)
-    if args.rows is None:
+    if writes:
+        earlier = json.loads(target.read_text()) if args.rows and target.exists() else {}
+        known = earlier | results
+        results = {name: known[name] for name in ROWS if name in known}
         write_whole(target, json.dumps(results, indent=2) + "\n")
-        write_whole(target.with_suffix(".md"), text)
-    print(text)
+        write_whole(target.with_suffix(".md"), _markdown(results))
+    print(_markdown(results))
 
 
 def _measure(work: Path, chosen: list[str], rounds: int) -> dict[str, Any]:
     folders = {name: work / name.replace(", ", "-").replace(" ", "_") for name in chosen}
-    results = {"machine": describe_machine(PACKAGES), "rows": {}}
+    results, machine = {}, describe_machine(PACKAGES)
     for name, folder in folders.items():
         report = _train(name, folder)
         rows = {row["name"]: row for row in report["rows"]}
-        results["rows"][name] = {
+        results[name] = {
+            "machine": machine,
             "options": ROWS[name].options,
             "images": report["evaluation"]["images"],
             "minutes": sum(report["seconds"].values()) / 60,
@@ -110,7 +114,7 @@ def _measure(work: Path, chosen: list[str], rounds: int) -> dict[str, Any]:
     for case in dict.fromkeys(ROWS[name].case for name in chosen):
         own = {name: folders[name] for name in chosen if ROWS[name].case == case}
         for name, ratio in _latencies(own, rounds).items():
-            results["rows"][name]["latency"] = ratio
+            results[name]["latency"] = ratio
     return results
 
 
@@ -152,10 +156,9 @@ def _latencies(folders: dict[str, Path], rounds: int) -> dict[str, float]:
 
 
 def _markdown(results: dict[str, Any]) -> str:
+    machines = list(dict.fromkeys(machine_line(row["machine"]) for row in results.values()))
     lines = [
         "# Quantization-aware training of real models",
-        "",
-        machine_line(results["machine"]),
         "",
         "Top-1 and agreement with the float Keras model are those of the `.tflite` files before "
         "(PTQ) and after training (QAT), in LiteRT, on photographs that took no part in "
@@ -164,25 +167,29 @@ def _markdown(results: dict[str, Any]) -> str:
         "photographs. SQNR: power of the float model's outputs over that of the difference; it "
         "tells files apart that agree on as many photographs by chance. Minutes are those of the "
         "whole run, of which the training took the second figure. Latency: batch 1, 2 threads, "
-        "LiteRT, relative to the float file, all files in turns. Written by `benchmarks/qat.py`.",
+        "LiteRT, relative to the float file, in turns with the other files of that run. Written by "
+        "`benchmarks/qat.py`.",
         "",
         "| | float top-1 | PTQ top-1 | agreement | SQNR, dB | QAT top-1 | agreement | SQNR, dB | "
-        "minutes | latency |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "minutes | latency | machine |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
-    for name, row in results["rows"].items():
+    for name, row in results.items():
         files = " | ".join(
             f"{each['top1']:.1%} | {each['agreement']:.1%} | {each['sqnr_db']:.1f}"
             for each in (row["ptq"], row["qat"])
         )
         lines.append(
             f"| {name} | {row['float_top1']:.1%} | {files} | "
-            f"{row['minutes']:.0f} ({row['training_minutes']:.0f}) | {row['latency']:.2f} |"
+            f"{row['minutes']:.0f} ({row['training_minutes']:.0f}) | {row['latency']:.2f} | "
+            f"{machines.index(machine_line(row['machine'])) + 1} |"
         )
+    lines += ["", "Machines, on the day of the measurement:", ""]
+    lines += [f"{number}. {machine}" for number, machine in enumerate(machines, 1)]
     lines += ["", "Options of `train_qat.py`, beside the model and the photographs:", ""]
     lines += [
         f"- {name}: {'`' + ' '.join(row['options']) + '`' if row['options'] else 'none'}"
-        for name, row in results["rows"].items()
+        for name, row in results.items()
     ]
     return "\n".join(lines) + "\n"
 
