@@ -36,8 +36,6 @@ MODES = (END_TO_END, BLOCK_WISE)
 WARM_UP = 0.1
 # By default there are so many epochs that they make about so many steps, within the bounds.
 _STEPS, _LEAST_EPOCHS, _MOST_EPOCHS = 400, 5, 20
-# A gain must exceed so many of its standard errors.
-_STANDARD_ERRORS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,12 +260,10 @@ def _relative_error(target, output):
 
 
 def is_better(before: np.ndarray, after: np.ndarray) -> bool:
-    """Returns whether losses fell by more than chance makes the best of some states seem better.
+    """Returns whether losses fell by more than the standard error of their mean difference.
 
-    The mean difference must exceed twice its standard error. That of the best of many epochs, which
-    was chosen by the same images, exceeds it once often enough where nothing was gained. Of two
-    states that held-back images do not tell apart, the one that was not chosen by them is the safer
-    one (Breiman et al., 1984, Classification and Regression Trees, section 3.4.3).
+    Of two states that held-back images do not tell apart, the one that was not chosen by them is
+    the safer one (Breiman et al., 1984, Classification and Regression Trees, section 3.4.3).
 
     Args:
         before: Losses of the same independent images, shape (images,).
@@ -275,10 +271,7 @@ def is_better(before: np.ndarray, after: np.ndarray) -> bool:
     """
     gains = np.asarray(before, np.float64) - np.asarray(after, np.float64)
     # One image alone has no spread: it tells nothing.
-    if len(gains) < 2:
-        return False
-    error = gains.std(ddof=1) / np.sqrt(len(gains))
-    return bool(gains.mean() > _STANDARD_ERRORS * error)
+    return len(gains) > 1 and bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains)))
 
 
 class _Run:
