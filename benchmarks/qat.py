@@ -76,8 +76,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace earlier results")
     args = parser.parse_args()
     target = RESULTS / "qat.json"
-    writes = args.rows is None or args.overwrite
-    if target.exists() and writes and not args.overwrite:
+    if args.rows is None and target.exists() and not args.overwrite:
         sys.exit(f"{target} exists; pass --overwrite to replace it")
     chosen = [
         name
@@ -86,7 +85,7 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory() as temporary:
         results = _measure(args.work or Path(temporary), chosen, args.rounds)
-    if writes:
+    if args.rows is None or args.overwrite:
         earlier = json.loads(target.read_text()) if args.rows and target.exists() else {}
         known = earlier | results
         results = {name: known[name] for name in ROWS if name in known}
